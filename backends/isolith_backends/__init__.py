@@ -1,0 +1,1 @@
+"""The in-tree backends: how one vendor runs the operators."""

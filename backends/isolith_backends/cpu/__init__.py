@@ -1,0 +1,24 @@
+"""The host: what is faster than the reference on a CPU, and nothing else.
+
+Always available. Where it has no kernel, the reference is its implementation.
+"""
+
+from isolith import Backend, WhyNot, hookimpl
+
+
+def why_unavailable() -> WhyNot:
+    """Never."""
+    return None
+
+
+@hookimpl
+def isolith_backend() -> Backend:
+    """Describe the backend."""
+    return Backend(
+        name="cpu",
+        device_type="cpu",
+        api_version=1,
+        why_unavailable=why_unavailable,
+        kernels=(),
+        reference_is_native=True,
+    )

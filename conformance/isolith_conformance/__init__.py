@@ -1,0 +1,1 @@
+"""Whether a backend computes the operators correctly."""

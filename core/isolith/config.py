@@ -1,0 +1,155 @@
+"""Every setting: its name, its environment variable, its legal values and where its value came from.
+
+The environment is read in this file alone.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, fields, replace
+from dataclasses import field as dataclass_field
+from typing import Any, Literal
+
+from isolith.errors import ConfigError, nearest
+
+Fallback = Literal["warn", "allow", "error"]
+
+
+def parse_name(variable: str, text: str) -> str:
+    """Any single word."""
+    return text.strip()
+
+
+def parse_fallback(variable: str, text: str) -> str:
+    """One of three words."""
+    if text not in ("warn", "allow", "error"):
+        raise ConfigError(f"{variable} must be warn, allow or error; got {text!r}.")
+    return text
+
+
+def parse_switch(variable: str, text: str) -> bool:
+    """0 or 1."""
+    if text not in ("0", "1"):
+        raise ConfigError(f"{variable} must be 0 or 1; got {text!r}.")
+    return text == "1"
+
+
+def parse_names(variable: str, text: str) -> tuple[str, ...]:
+    """Words separated by commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def parse_pins(variable: str, text: str) -> tuple[tuple[str, str], ...]:
+    """operator=kernel pairs separated by commas."""
+    pins: dict[str, str] = {}
+    for word in parse_names(variable, text):
+        operator, equals, kernel = (part.strip() for part in word.partition("="))
+        if not equals or not operator or not kernel:
+            raise ConfigError(f"{variable} is a list of operator=kernel; got {word!r}.")
+        if operator in pins:
+            raise ConfigError(f"{variable} names {operator} twice: {pins[operator]} and {kernel}.")
+        pins[operator] = kernel
+    return tuple(pins.items())
+
+
+def setting(parse: Callable[[str, str], Any], default: Any, meaning: str) -> Any:
+    """A field of Settings, with how its variable is read and what it means."""
+    return dataclass_field(default=default, metadata={"parse": parse, "meaning": meaning})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a user chooses. The variable of a field is its name in capitals behind ISOLITH_."""
+
+    backend: str = setting(
+        parse_name,
+        "",
+        "Use this backend alone: cpu, or a plugin's name. Unset: the one that serves the tensors' device.",
+    )
+    kernels: tuple[tuple[str, str], ...] = setting(
+        parse_pins, (), "Pin kernels: sparse_attn=cpu.sparse_attn,rms_norm=reference. Also: composition."
+    )
+    fallback: Fallback = setting(
+        parse_fallback, "warn", "When a backend has no kernel for a call: warn and step down, allow silently, or error."
+    )
+    plugins: tuple[str, ...] | None = setting(parse_names, None, "Load only the plugins named here. Unset: all.")
+    debug: bool = setting(parse_switch, False, "1: check values on every device, and check calls of bound handles.")
+    sources: tuple[tuple[str, str], ...] = dataclass_field(default=(), compare=False, repr=False)
+
+    @property
+    def pins(self) -> dict[str, str]:
+        """The pinned kernel of each operator that has one."""
+        return dict(self.kernels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effective:
+    """One setting as it is in force."""
+
+    name: str
+    variable: str
+    value: Any  # Any: settings are of several types
+    source: str
+    meaning: str
+
+
+def variable_of(name: str) -> str:
+    """The environment variable of a setting."""
+    return f"ISOLITH_{name.upper()}"
+
+
+def user_fields() -> tuple[Field[Any], ...]:  # Any: settings are of several types
+    """The fields that a user sets."""
+    return tuple(field for field in fields(Settings) if "parse" in field.metadata)
+
+
+def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
+    """Read every ISOLITH_ variable; ConfigError names the nearest legal one for a typo."""
+    given = os.environ if environment is None else environment
+    known = {variable_of(field.name): field for field in user_fields()}
+    values: dict[str, Any] = {}
+    sources = []
+    for variable, text in sorted(given.items()):
+        if not variable.startswith("ISOLITH_"):
+            continue
+        if variable not in known:
+            raise ConfigError(f"{variable} is not a setting; {nearest(variable, known)}")
+        if text.strip():
+            field = known[variable]
+            values[field.name] = field.metadata["parse"](variable, text.strip())
+            sources.append((field.name, f"environment variable {variable}"))
+    return Settings(**values, sources=tuple(sources))
+
+
+def overridden(settings: Settings, **changes: Any) -> Settings:  # Any: settings are of several types
+    """The settings with some changed; ConfigError names the nearest legal one for a typo.
+
+    Values are what the environment would say ("rms_norm=reference", "warn", "1") or already parsed; pins may also be
+    a mapping.
+    """
+    known = {field.name: field for field in user_fields()}
+    values: dict[str, Any] = {}
+    for name, value in changes.items():
+        if name not in known:
+            raise ConfigError(f"{name} is not a setting; {nearest(name, known)}")
+        if isinstance(value, Mapping):
+            value = ",".join(f"{operator}={kernel}" for operator, kernel in value.items())
+        if isinstance(value, (str, int)):
+            value = known[name].metadata["parse"](name, str(int(value) if isinstance(value, bool) else value))
+        values[name] = value
+    kept = tuple(row for row in settings.sources if row[0] not in values)
+    return replace(settings, **values, sources=(*kept, *((name, "isolith.override") for name in values)))
+
+
+def effective(settings: Settings) -> tuple[Effective, ...]:
+    """Every setting in force, with where its value came from."""
+    sources = dict(settings.sources)
+    return tuple(
+        Effective(
+            name=field.name,
+            variable=variable_of(field.name),
+            value=getattr(settings, field.name),
+            source=sources.get(field.name, "default"),
+            meaning=field.metadata["meaning"],
+        )
+        for field in user_fields()
+    )

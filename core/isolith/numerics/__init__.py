@@ -1,0 +1,1 @@
+"""Mathematics that several operators' references share: number formats, paged pools, ragged batches, tables."""

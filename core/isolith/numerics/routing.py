@@ -1,0 +1,67 @@
+"""What the routers share: scores of the experts, and weights of the chosen ones."""
+
+import torch
+from torch import Tensor
+
+SCORES = ("sqrtsoftplus", "sigmoid", "softmax")
+"""What a `score` argument may say."""
+
+SUM_FLOOR = 1e-20
+"""Added to the sum of the chosen scores: a token whose scores all underflow gets zeros, not 0/0."""
+
+SOFTPLUS_IDENTITY = 20.0
+"""softplus(x) = x above it, in every implementation: part of the definition."""
+
+
+def router_scores(logits: Tensor, score: str) -> Tensor:
+    """[T,E] scores of wide logits."""
+    if score == "sqrtsoftplus":
+        return torch.nn.functional.softplus(logits, threshold=SOFTPLUS_IDENTITY).sqrt()
+    return logits.sigmoid() if score == "sigmoid" else logits.softmax(dim=-1)
+
+
+def router_scores_by_parts(logits: Tensor, score: str) -> Tensor:
+    """The same in other steps: softplus with the larger part taken out, quotients of exponentials."""
+    if score == "sqrtsoftplus":
+        softplus = logits.clamp(min=0) + torch.log1p(torch.exp(-logits.abs()))
+        return torch.where(logits > SOFTPLUS_IDENTITY, logits, softplus).sqrt()
+    if score == "sigmoid":
+        return 1 / (1 + torch.exp(-logits))
+    parts = torch.exp(logits - logits.amax(-1, keepdim=True)) if logits.numel() else logits
+    return parts / parts.sum(-1, keepdim=True)
+
+
+def router_weights(
+    scores: Tensor, chosen: Tensor, renormalize: bool, routed_scale: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """([T,k] int32 experts, [T,k] weights) of the chosen experts; -1 and 0 where the mask is off."""
+    weights = scores.gather(1, chosen)
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + SUM_FLOOR)
+    return masked(chosen, weights * routed_scale, mask)
+
+
+def router_weights_by_inverse(
+    scores: Tensor, chosen: Tensor, renormalize: bool, routed_scale: float, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same with one factor a token: the scale times the inverse of the sum, slots added one by one."""
+    weights = scores.gather(1, chosen)
+    total = torch.full_like(weights[:, :1], SUM_FLOOR)
+    for slot in weights.split(1, dim=1):
+        total = total + slot
+    factor = routed_scale * total.reciprocal() if renormalize else routed_scale
+    return masked(chosen, weights * factor, mask)
+
+
+def masked(chosen: Tensor, weights: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Expert -1 and weight 0 for every token that the mask switches off."""
+    experts = chosen.to(torch.int32)
+    if mask is None:
+        return experts, weights
+    return experts.masked_fill(~mask[:, None], -1), weights.masked_fill(~mask[:, None], 0.0)
+
+
+def specified(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """[T] bool: tokens whose routing is specified, those with finite logits or switched off."""
+    finite = logits.isfinite().all(-1)
+    return finite if mask is None else finite | ~mask

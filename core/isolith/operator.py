@@ -1,0 +1,201 @@
+"""An operator: a reference function and what is true of it on every chip."""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Generic, ParamSpec, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+from isolith import dispatch
+from isolith.dtypes import dtype_name, listed
+from isolith.errors import ArgumentError
+from isolith.sample import ErrorSample, Make, Sample
+from isolith.shapes import Shapes, parse
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# The bare C function: one look at whether any TorchDispatchMode (a tracer, a FakeTensorMode) is on.
+dispatch_modes_on = torch._C._len_torch_dispatch_stack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What a call needs at the least, whatever runs it.
+
+    Args:
+        flops: Additions and multiplications, a fused multiply-add counting two.
+        bytes_read: Every input byte that must be read, once.
+        bytes_written: Every output byte, once.
+        math: The format that most of the flops are done in: "float32", "bfloat16", "float8", "float4" or "int8".
+    """
+
+    flops: int
+    bytes_read: int
+    bytes_written: int
+    math: str = "float32"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Operator(Generic[P, R]):
+    """A device-neutral operator. Calling it checks the arguments, selects a kernel and runs it.
+
+    Args:
+        name: The operator's name, equal to the name of its file.
+        shapes: Axes of its tensors, as `isolith.shapes` describes.
+        dtypes: Legal dtypes of every tensor argument, by name.
+        reference: The definition: exact to rounding, in float64 when given float64, on any torch device.
+        variants: Legal roundings other than the reference's, written as code.
+        fake: Empty outputs of the right shape and dtype, from metadata alone.
+        check: Raises ArgumentError for what shapes and dtypes do not say; reads metadata only.
+        check_values: Raises ArgumentError for illegal values; run where the tensors are on the host, and under debug.
+        cost: The least work, from metadata alone.
+        samples: Legal calls that every kernel is checked with.
+        errors: Illegal calls with the messages they get.
+        mutates: Arguments written in place.
+        bitwise: Copies, counts and permutations: one right answer, to the bit.
+        selects_by: For selections: the values by which they choose, from the operator's arguments.
+        defined: Which elements of the outputs, then of the mutated arguments, are specified: a boolean mask each that
+            broadcasts over leading axes' elements (or None for all), from the operator's arguments before the call.
+        composed_of: Names of the operators that the reference calls, for a composite.
+        sample_dtypes: Dtypes to make samples in.
+    """
+
+    name: str
+    shapes: str
+    dtypes: Mapping[str, tuple[torch.dtype, ...]]
+    reference: Callable[P, R]
+    variants: tuple[Callable[P, R], ...]
+    fake: Callable[P, R]
+    check: Callable[P, None]
+    check_values: Callable[P, None] | None = None
+    cost: Callable[P, Cost]
+    samples: Callable[[Make], Iterator[Sample]]
+    errors: Callable[[Make], Iterator[ErrorSample]]
+    mutates: tuple[str, ...] = ()
+    bitwise: bool = False
+    selects_by: Callable[P, Tensor] | None = None
+    defined: Callable[P, tuple[Tensor | None, ...]] | None = None
+    composed_of: tuple[str, ...] = ()
+    sample_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the operator on the device that its tensors are on."""
+        # The order matters: while Dynamo traces, the first test is a constant and the rest is never seen.
+        if torch.compiler.is_compiling() or dispatch_modes_on():
+            result: R = self.torch_op(*args, **kwargs)
+            return result
+        answer: R = dispatch.call(self, args, kwargs)
+        return answer
+
+    def __repr__(self) -> str:
+        return f"isolith.{self.name}"
+
+    @property
+    def torch_op(self) -> Any:  # Any: torch types its operator overloads as Any
+        """The operator as one node of a torch graph: `torch.ops.isolith.<name>`."""
+        return getattr(torch.ops.isolith, self.name).default
+
+    @cached_property
+    def signature(self) -> inspect.Signature:
+        """The reference's signature: everybody's."""
+        return inspect.signature(self.reference)
+
+    @cached_property
+    def parsed_shapes(self) -> Shapes:
+        """The `shapes` line, parsed."""
+        return parse(self.shapes)
+
+    @cached_property
+    def doc(self) -> str:
+        """The formula, the rule at every edge and the source: the docstring of the operator's file."""
+        return inspect.cleandoc(sys.modules[self.reference.__module__].__doc__ or "")
+
+    @property
+    def family(self) -> str:
+        """The folder that the operator's file is in."""
+        return self.reference.__module__.split(".")[-2]
+
+    @cached_property
+    def tensor_arguments(self) -> tuple[str, ...]:
+        """Names of the tensor arguments, in order."""
+        return tuple(
+            name
+            for name, parameter in self.signature.parameters.items()
+            if parameter.annotation is Tensor or Tensor in get_args(parameter.annotation)
+        )
+
+    @cached_property
+    def metadata_key(self) -> Callable[P, tuple[Any, ...]]:  # Any: metadata of many kinds
+        """A function of a call's arguments that gives all that a check or a selection may look at, hashable.
+
+        It is compiled from the signature, once, since it runs in every call.
+        """
+        parameters, parts, defaults = [], [repr(self.name)], {}
+        for name, parameter in self.signature.parameters.items():
+            if parameter.default is inspect.Parameter.empty:
+                parameters.append(name)
+            else:
+                parameters.append(f"{name}=default_{name}")
+                defaults[f"default_{name}"] = parameter.default
+            if name not in self.tensor_arguments:
+                parts.append(name)
+                continue
+            seen = f"{name}.shape, {name}.dtype, {name}.device, {name}.is_contiguous() or {name}.stride()"
+            optional = parameter.default is None
+            parts.append(f"None if {name} is None else ({seen})" if optional else seen)
+        source = f"lambda {', '.join(parameters)}: ({', '.join(parts)})"
+        compiled: Callable[P, tuple[Any, ...]] = eval(source, defaults)
+        return compiled
+
+    def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # Any: whatever a caller passed
+        """The call's arguments by name, defaults filled in; ArgumentError when they do not fit the signature."""
+        try:
+            bound = self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise ArgumentError(f"{self.name}: {error}; its arguments are {self.signature}.") from None
+        bound.apply_defaults()
+        return bound.arguments
+
+    def validate(self, arguments: Mapping[str, Any]) -> None:  # Any: whatever a caller passed
+        """Raise ArgumentError unless types, devices, dtypes, shapes and `check` all agree with the call."""
+        for name, parameter in self.signature.parameters.items():
+            check_type(self.name, name, parameter.annotation, arguments[name])
+        tensors = {name: arguments[name] for name in self.tensor_arguments if arguments[name] is not None}
+        check_devices(self.name, tensors)
+        for name, tensor in tensors.items():
+            if tensor.dtype not in self.dtypes[name]:
+                takes = listed(tuple(map(dtype_name, self.dtypes[name])))
+                raise ArgumentError(f"{self.name}: {name} must be {takes}; got {dtype_name(tensor.dtype)}.")
+        self.parsed_shapes.bind(self.name, arguments)
+        self.check(**arguments)  # type: ignore[call-arg]  # the names are the signature's own
+
+
+def check_type(operator: str, name: str, annotation: Any, value: Any) -> None:  # Any: whatever a caller passed
+    """Raise ArgumentError unless the value is of the annotated type; an int does for a float."""
+    allowed = tuple(get_args(annotation) or (annotation,))
+    if type(value) in allowed or (float in allowed and type(value) is int):
+        return
+    if Tensor in allowed and isinstance(value, Tensor):
+        return
+    # SymInt and SymFloat stand for int and float while a graph is traced.
+    if (int in allowed and isinstance(value, torch.SymInt)) or (float in allowed and isinstance(value, torch.SymFloat)):
+        return
+    words = tuple("None" if kind is type(None) else kind.__name__ for kind in allowed)
+    raise ArgumentError(f"{operator}: {name} must be {listed(words)}; got {type(value).__name__}.")
+
+
+def check_devices(operator: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ArgumentError unless all tensors are on one device."""
+    first = None
+    for name, tensor in tensors.items():
+        first = first or (name, tensor.device)
+        if tensor.device != first[1]:
+            raise ArgumentError(
+                f"{operator}: every tensor must be on one device; "
+                f"{first[0]} is on {first[1]} and {name} on {tensor.device}."
+            )

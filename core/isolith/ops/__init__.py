@@ -1,0 +1,22 @@
+"""Every operator, by name."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from isolith import graph
+from isolith.operator import Operator
+from isolith.ops import attention, moe, norm, quant, residual, rotary
+
+FAMILIES = (norm, residual, rotary, moe, attention, quant)
+
+OPERATORS: Mapping[str, Operator[..., Any]] = MappingProxyType(  # Any: operators of every signature
+    {
+        value.name: value
+        for family in FAMILIES
+        for value in vars(family).values()
+        if isinstance(value, Operator) and value.family == family.__name__.rpartition(".")[2]
+    }
+)
+
+graph.define(OPERATORS.values())

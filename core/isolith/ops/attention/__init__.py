@@ -1,0 +1,1 @@
+"""KV compression, indexing, sparse and latent attention, caches."""

@@ -1,0 +1,100 @@
+"""Root-mean-square normalisation of the last axis.
+
+    y[..., i] = weight[i] * x[..., i] / sqrt(mean_j(x[..., j]^2) + eps)
+
+Computed in float32 and rounded once, whatever the dtype of `weight`. With `round_before_weight` the normalised value is
+rounded to x's dtype before the weight multiplies it, and the product again (DeepSeek-V3's order); the two orders are
+equal in float32. An all-zero row gives zeros.
+
+Source: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4; DeepSeek-V4 inference/model.py, RMSNorm (one rounding);
+transformers 5.23 DeepseekV3RMSNorm (two roundings).
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from isolith.dtypes import FLOAT, widen
+from isolith.errors import ArgumentError
+from isolith.operator import Cost, Operator
+from isolith.sample import ErrorSample, Make, Sample
+
+
+def reference(x: Tensor, weight: Tensor, eps: float = 1e-6, round_before_weight: bool = False) -> Tensor:
+    wide = x.to(widen(x.dtype))
+    normed = wide * (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    if round_before_weight:
+        normed = normed.to(x.dtype).to(wide.dtype)
+    return (normed * weight.to(wide.dtype)).to(x.dtype)
+
+
+def blocked_sum(x: Tensor, weight: Tensor, eps: float = 1e-6, round_before_weight: bool = False) -> Tensor:
+    """Sum the squares in blocks of 64, and divide by the root instead of multiplying by its inverse."""
+    wide = x.to(widen(x.dtype))
+    total = torch.stack([part.square().sum(-1) for part in wide.split(64, dim=-1)]).sum(0)
+    normed = wide / (total / x.shape[-1] + eps).sqrt()[..., None]
+    if round_before_weight:
+        normed = normed.to(x.dtype).to(wide.dtype)
+    return (normed * weight.to(wide.dtype)).to(x.dtype)
+
+
+def fake(x: Tensor, weight: Tensor, eps: float = 1e-6, round_before_weight: bool = False) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def check(x: Tensor, weight: Tensor, eps: float = 1e-6, round_before_weight: bool = False) -> None:
+    if not eps > 0:
+        raise ArgumentError(f"rms_norm: eps must be positive; got {eps}.")
+
+
+def cost(x: Tensor, weight: Tensor, eps: float = 1e-6, round_before_weight: bool = False) -> Cost:
+    return Cost(
+        flops=4 * x.numel(),  # square, add, two multiplications
+        bytes_read=x.nbytes + weight.nbytes,
+        bytes_written=x.nbytes,
+    )
+
+
+def samples(make: Make) -> Iterator[Sample]:
+    wide = torch.float32
+    yield Sample("hidden_4096", "model", x=make.normal(16, 4096), weight=make.normal(4096, dtype=wide), eps=1e-6)
+    yield Sample("one_row", x=make.normal(1, 512), weight=make.normal(512))
+    yield Sample("odd_width", x=make.normal(3, 129), weight=make.normal(129))
+    yield Sample("no_rows", x=make.normal(0, 128), weight=make.normal(128))
+    yield Sample("three_axes", x=make.normal(2, 3, 64), weight=make.normal(64, dtype=wide))
+    yield Sample("all_zero", x=make.zeros(4, 128), weight=make.normal(128))
+    # eps decides where the mean square is near it, and hides where it is far above.
+    yield Sample("eps_dominates", x=make.normal(4, 128, std=1e-3), weight=make.normal(128), eps=1e-4)
+    yield Sample("tiny_eps", x=make.normal(4, 128), weight=make.normal(128), eps=1e-20)
+    yield Sample("round_before_weight", x=make.normal(8, 256), weight=make.normal(256), round_before_weight=True)
+    # One large element: a sum in low precision loses the small ones.
+    outlier = make.normal(4, 1024, std=0.5)
+    outlier[:, 7] = 200.0
+    yield Sample("outlier", x=outlier, weight=make.normal(1024))
+
+
+def errors(make: Make) -> Iterator[ErrorSample]:
+    x, weight = make.normal(4, 128), make.normal(128)
+    yield ErrorSample("zero_eps", x=x, weight=weight, eps=0.0, says="rms_norm: eps must be positive; got 0.0.")
+    says = "rms_norm: hidden is 128 in x but 127 in weight."
+    yield ErrorSample("weight_width", x=x, weight=weight[:127], says=says)
+    says = "rms_norm: weight must be [hidden], 1 axis; got shape (1, 128)."
+    yield ErrorSample("weight_rank", x=x, weight=weight[None], says=says)
+    says = "rms_norm: x must be bfloat16, float16, float32 or float64; got int64."
+    yield ErrorSample("integer_x", x=x.long(), weight=weight, says=says)
+    yield ErrorSample("list_x", x=[1.0], weight=weight, says="rms_norm: x must be Tensor; got list.")
+
+
+rms_norm = Operator(
+    name="rms_norm",
+    shapes="x[... hidden] weight[hidden] -> y[... hidden]",
+    dtypes={"x": FLOAT, "weight": FLOAT},
+    reference=reference,
+    variants=(blocked_sum,),
+    fake=fake,
+    check=check,
+    cost=cost,
+    samples=samples,
+    errors=errors,
+)
