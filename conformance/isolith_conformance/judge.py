@@ -13,10 +13,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from isolith.dispatch import dispatcher, references, using
-from isolith.operator import Operator
+from isolith.operator import AnyOperator, in_float64
 from isolith_conformance.limits import FLOOR_ULPS, ROW_FLOOR, STANDARD
 
-AnyOperator = Operator[..., Any]  # Any: operators of every signature
 Arguments = Mapping[str, Any]  # Any: a call's own values
 
 
@@ -41,7 +40,7 @@ def judge(operator: AnyOperator, arguments: Arguments, results: list[Tensor]) ->
         results: What the kernel made of them, on the host.
     """
     masks = operator.defined(**copied(arguments)) if operator.defined else (None,) * len(results)
-    gold = evaluate(operator, operator.reference, widened(operator, arguments))
+    gold = evaluate(operator, operator.reference, in_float64(operator, arguments))
     functions = (operator.reference, *operator.variants)
     family = [evaluate(operator, function, arguments) for function in functions]
     if len(results) != len(gold):
@@ -57,17 +56,6 @@ def judge(operator: AnyOperator, arguments: Arguments, results: list[Tensor]) ->
 def copied(arguments: Arguments) -> dict[str, Any]:  # Any: a call's own values
     """The arguments with tensors of their own."""
     return {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-
-
-def widened(operator: AnyOperator, arguments: Arguments) -> dict[str, Any]:  # Any: a call's own values
-    """The same values, in float64 wherever the operator takes it."""
-    wide = dict(arguments)
-    for name, value in arguments.items():
-        if isinstance(value, Tensor) and value.is_floating_point() and torch.float64 in operator.dtypes[name]:
-            wide[name] = value.double()
-        if name == "out_dtype":
-            wide[name] = "float64"
-    return wide
 
 
 def evaluate(operator: AnyOperator, function: Any, arguments: Arguments) -> list[Tensor]:  # Any: any signature

@@ -25,7 +25,7 @@ from isolith.registry import Registry
 from isolith.select import Candidate, Explanation, select
 
 if TYPE_CHECKING:
-    from isolith.registry import AnyOperator
+    from isolith.operator import AnyOperator
 
 Function = Callable[..., Any]  # Any: the operator's own signature, checked where it is declared
 
@@ -99,15 +99,16 @@ class Dispatcher:
         function = run_candidate(self, operator, candidate)
         key = (operator.name, explanation.device, candidate.name, explanation.reasons.strip())
 
-        def count_and_run(*args: Any, **kwargs: Any) -> Any:
+        def run_and_count(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)  # first, since it may refuse
             self.fallbacks[key] += 1
             if self.settings.fallback == "warn" and key[:2] not in self.warned:
                 self.warned.add(key[:2])
                 message = f"{key[0]} on {key[1]} runs on {key[2]}; no kernel takes the call:\n{explanation.reasons}"
                 warnings.warn(message, FallbackWarning, stacklevel=4)
-            return function(*args, **kwargs)
+            return result
 
-        return count_and_run
+        return run_and_count
 
     def step_down(
         self, operator: "AnyOperator", args: tuple[Any, ...], kwargs: dict[str, Any], refusal: Unsupported
@@ -127,6 +128,27 @@ class Dispatcher:
         raise NoKernelError(
             f"{operator.name}: nothing on {explanation.device!r} takes this call.\n{explanation.reasons}"
         )
+
+
+class Recorder(Dispatcher):
+    """A dispatcher that also counts what ran: `calls[operator, candidate]`."""
+
+    def __init__(self, registry: Registry, settings: Settings) -> None:
+        super().__init__(registry, settings)
+        self.calls: Counter[tuple[str, str]] = Counter()
+
+    def function(self, operator: "AnyOperator", explanation: Explanation) -> Function:
+        """The function for the chosen candidate, counted when it has run."""
+        function = super().function(operator, explanation)
+        chosen = explanation.chosen
+        assert chosen is not None, "the ladder ends with steps that nothing rules out"
+
+        def run_and_record(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
+            self.calls[operator.name, chosen.name] += 1
+            return result
+
+        return run_and_record
 
 
 def ruled_out(explanation: Explanation, refused: Candidate, reason: str) -> Explanation:
@@ -301,6 +323,19 @@ def override(**settings: Any) -> Iterator[Dispatcher]:  # Any: settings are of s
     found = active.registry if same else registry.build(active.registry.operators, changed)
     with using(dispatcher_for(found, changed)) as inner:
         yield inner
+
+
+@contextmanager
+def record() -> Iterator[Counter[tuple[str, str]]]:
+    """Count what runs within a block, under the settings in force.
+
+    with isolith.record() as calls: ...
+    calls["sparse_attn", "cpu.sparse_attn"]
+    """
+    active = dispatcher()
+    recorder = Recorder(active.registry, active.settings)
+    with using(recorder):
+        yield recorder.calls
 
 
 class Handle(functools.partial[Any]):

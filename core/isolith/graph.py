@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from isolith import dispatch
-from isolith.operator import Operator
-
-AnyOperator = Operator[..., Any]  # Any: operators of every signature
+from isolith.operator import AnyOperator
 
 library = torch.library.Library("isolith", "DEF")
 

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from isolith import dispatch
-from isolith.dtypes import dtype_name, listed
+from isolith.dtypes import FLOAT, dtype_name, listed
 from isolith.errors import ArgumentError
 from isolith.sample import ErrorSample, Make, Sample
 from isolith.shapes import Shapes, parse
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 # The bare C function: one look at whether any TorchDispatchMode (a tracer, a FakeTensorMode) is on.
 dispatch_modes_on = torch._C._len_torch_dispatch_stack
@@ -28,7 +30,8 @@ class Cost:
     """What a call needs at the least, whatever runs it.
 
     Args:
-        flops: Additions and multiplications, a fused multiply-add counting two.
+        flops: Additions and multiplications, a fused multiply-add counting two. Elementwise work beside products may be
+            left out: it is small, and runs on other units.
         bytes_read: Every input byte that must be read, once.
         bytes_written: Every output byte, once.
         math: The format that most of the flops are done in: "float32", "bfloat16", "float8", "float4" or "int8".
@@ -85,8 +88,9 @@ class Operator(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the operator on the device that its tensors are on."""
-        # The order matters: while Dynamo traces, the first test is a constant and the rest is never seen.
-        if torch.compiler.is_compiling() or dispatch_modes_on():
+        # While Dynamo traces, the first test is the constant True and the rest is never seen; every other tracer, such
+        # as torch.export's or make_fx, is a dispatch mode.
+        if is_dynamo_compiling() or dispatch_modes_on():
             result: R = self.torch_op(*args, **kwargs)
             return result
         answer: R = dispatch.call(self, args, kwargs)
@@ -173,6 +177,20 @@ class Operator(Generic[P, R]):
                 raise ArgumentError(f"{self.name}: {name} must be {takes}; got {dtype_name(tensor.dtype)}.")
         self.parsed_shapes.bind(self.name, arguments)
         self.check(**arguments)  # type: ignore[call-arg]  # the names are the signature's own
+
+
+def in_float64(operator: "AnyOperator", arguments: Mapping[str, Any]) -> dict[str, Any]:  # Any: a call's own values
+    """The same call for gold: every float widened to float64, an `out_dtype` too; quantised codes and scales as they are."""
+    wide = dict(arguments)
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.dtype in FLOAT and torch.float64 in operator.dtypes[name]:
+            wide[name] = value.double()
+        if name == "out_dtype":
+            wide[name] = "float64"
+    return wide
+
+
+AnyOperator = Operator[..., Any]  # Any: operators of every signature
 
 
 def check_type(operator: str, name: str, annotation: Any, value: Any) -> None:  # Any: whatever a caller passed

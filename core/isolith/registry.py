@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from isolith import plugins
 from isolith.backend import Backend
@@ -13,9 +13,7 @@ from isolith.kernel import WhyNot
 from isolith.plugins import AnyKernel, Plugin
 
 if TYPE_CHECKING:
-    from isolith.operator import Operator
-
-    AnyOperator = Operator[..., Any]  # Any: operators of every signature
+    from isolith.operator import AnyOperator
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -18,7 +18,7 @@ from isolith.plugins import AnyKernel
 from isolith.registry import Registry
 
 if TYPE_CHECKING:
-    from isolith.registry import AnyOperator
+    from isolith.operator import AnyOperator
 
 Step = Literal["kernel", "composition", "reference", "host"]
 

@@ -25,7 +25,9 @@ def capture(function, *args):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operator_is_one_node_of_a_compiled_graph(name):
     operator = OPERATORS[name]
-    sample = next(s for s in operator.samples(Make(operator.sample_dtypes[0])) if not s.tags & {"slow", "device", "model"})
+    sample = next(
+        s for s in operator.samples(Make(operator.sample_dtypes[0])) if not s.tags & {"slow", "device", "model"}
+    )
     arguments = operator.arguments(**sample.arguments)
     torch._dynamo.reset()
     _, (graph,) = capture(lambda given: operator(**given), arguments)

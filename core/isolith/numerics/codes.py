@@ -4,6 +4,8 @@
 a byte along the last axis, the even column in the low nibble. "ue8m0" is a scale of value 2^(byte-127).
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ def encode_e2m1(x: Tensor) -> Tensor:
     magnitude = x.abs()
     # Between neighbours i and i+1 the tie goes to the even code: up where i is odd, down where i is even.
     code = torch.zeros_like(x, dtype=torch.uint8)
-    for lower, (low, high) in enumerate(zip(E2M1_VALUES, E2M1_VALUES[1:], strict=False)):
+    for lower, (low, high) in enumerate(pairwise(E2M1_VALUES)):
         middle = (low + high) / 2
         code += (magnitude >= middle) if lower % 2 else (magnitude > middle)
     return code | (torch.signbit(x).to(torch.uint8) << 3)
@@ -62,9 +64,8 @@ def spread_scale(scale: Tensor, rows: int, columns: int, block_n: int, block_k: 
     """[*, ceil(rows/block_n), ceil(columns/block_k)] -> [*, rows, columns]; the last blocks may be short."""
     if scale.dtype == torch.float8_e8m0fnu:
         scale = scale.to(torch.float32)  # exact, and every device can index it
-    row = torch.arange(rows, device=scale.device) // block_n
-    column = torch.arange(columns, device=scale.device) // block_k
-    return scale[..., row[:, None], column]
+    wide = scale.repeat_interleave(block_k, dim=-1)[..., :columns]
+    return wide.repeat_interleave(block_n, dim=-2)[..., :rows, :]
 
 
 def groups_of(size: int, group_size: int) -> int:
@@ -76,7 +77,7 @@ def amax_of_groups(x: Tensor, group_size: int) -> Tensor:
     """[*, N] -> [*, ceil(N/group_size)]: the largest magnitude of each group, in float32; the last may be short."""
     groups = groups_of(x.shape[-1], group_size)
     padded = torch.nn.functional.pad(x.to(torch.float32).abs(), (0, groups * group_size - x.shape[-1]))
-    return padded.unflatten(-1, (groups, group_size)).amax(-1)
+    return padded.reshape(*x.shape[:-1], groups, group_size).amax(-1)
 
 
 def spread_groups(scale: Tensor, columns: int, group_size: int) -> Tensor:

@@ -81,7 +81,7 @@ FORMATS = {
 
 def format_of(cache: Tensor) -> Format | None:
     """The byte format of a uint8 pool; None for a pool of floats."""
-    return FORMATS[cache.shape[-1]] if cache.dtype == torch.uint8 else None
+    return FORMATS[int(cache.shape[-1])] if cache.dtype == torch.uint8 else None
 
 
 def entry_dim(cache: Tensor) -> int:
@@ -94,12 +94,11 @@ def check_cache(operator: str, name: str, cache: Tensor) -> None:
     """Raise ArgumentError for a uint8 pool that has no known format or whose pages are not whole."""
     if cache.dtype != torch.uint8:
         return
-    if cache.shape[-1] not in FORMATS:
-        raise ArgumentError(
-            f"{operator}: a uint8 {name} has entries of 584, 656, 132 or 68 bytes; got {cache.shape[-1]}."
-        )
-    entry = cache.shape[-1]
-    if cache.shape[0] and cache.shape[1] and (cache.stride(2) != 1 or cache.stride(1) != entry):
+    entry = int(cache.shape[-1])
+    if entry not in FORMATS:
+        raise ArgumentError(f"{operator}: a uint8 {name} has entries of 584, 656, 132 or 68 bytes; got {entry}.")
+    whole = cache.stride(2) == 1 and (cache.stride(1) == entry or cache.shape[1] == 1)
+    if cache.shape[0] and cache.shape[1] and not whole:
         raise ArgumentError(
             f"{operator}: a page of {name} is one run of bytes, strides (any, {entry}, 1); got {tuple(cache.stride())}."
         )
@@ -141,8 +140,8 @@ def slots_of_items(block_table: Tensor, sequence: Tensor, items: Tensor, block_s
 
 def views(cache: Tensor, layout: Format) -> tuple[Tensor, Tensor]:
     """(data [blocks, block_size, data_bytes], scales [blocks, block_size, scale_bytes]) of a uint8 pool, as views."""
-    blocks, block_size, _ = cache.shape
-    flat = cache.flatten(1)
+    block_size = cache.shape[1]
+    flat = cache.view(cache.shape[0], block_size * layout.entry)
     split = block_size * layout.data_bytes
     data = flat[:, :split].unflatten(1, (block_size, layout.data_bytes))
     if layout.scales_apart:
@@ -150,8 +149,38 @@ def views(cache: Tensor, layout: Format) -> tuple[Tensor, Tensor]:
     return data, data[..., layout.code_bytes : layout.code_bytes + layout.scale_bytes]
 
 
+def write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """Write [N, entry] rows to the slots [N] of a pool of floats, in place; negative slots are skipped."""
+    kept = slots >= 0
+    slot = slots[kept].long()
+    cache[slot // cache.shape[1], slot % cache.shape[1]] = rows[kept].to(cache.dtype)
+
+
+def write_entries(cache: Tensor, slots: Tensor, codes: Tensor, scales: Tensor, rope: Tensor) -> None:
+    """Write quantised entries to the slots [N] of a uint8 pool, in place; negative slots are skipped.
+
+    Args:
+        cache: Bytes outside the entries written, the unused scale byte of 584 included, stay as they are.
+        slots: Physical slots, each at most once.
+        codes: [N, quantised] e4m3, or [N, quantised/2] packed e2m1.
+        scales: [N, quantised/group] in the format's dtype.
+        rope: [N, dim - quantised]; rounded to bfloat16.
+    """
+    layout = FORMATS[int(cache.shape[-1])]
+    kept = slots >= 0
+    slot = slots[kept].long()
+    block, row = slot // cache.shape[1], slot % cache.shape[1]
+    data_view, scale_view = views(cache, layout)
+    scale_bytes = scales[kept].contiguous().view(torch.uint8)
+    data_view[..., : layout.code_bytes][block, row] = codes[kept].contiguous().view(torch.uint8)
+    scale_view[..., : scale_bytes.shape[-1]][block, row] = scale_bytes
+    if layout.dim > layout.quantised:
+        rope_bytes = rope[kept].to(torch.bfloat16).contiguous().view(torch.uint8)
+        data_view[..., layout.data_bytes - 2 * ROPE :][block, row] = rope_bytes
+
+
 def read_entries(cache: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
-    """The entries in `slots`, dequantised: [..] -> [.., dim]; zeros where a slot is negative, whatever lies in the pool."""
+    """The entries in `slots`, dequantised: [..] -> [.., dim]; zeros where a slot is negative, whatever the pool has."""
     if cache.shape[0] * cache.shape[1] == 0:
         return torch.zeros((*slots.shape, entry_dim(cache)), dtype=dtype, device=cache.device)
     slot = slots.long().clamp(min=0)

@@ -1,7 +1,9 @@
-"""What the routers share: scores of the experts, and weights of the chosen ones."""
+"""Routing: scores of the experts, weights of the chosen ones, and the range that their numbers must be in."""
 
 import torch
 from torch import Tensor
+
+from isolith.errors import ArgumentError
 
 SCORES = ("sqrtsoftplus", "sigmoid", "softmax")
 """What a `score` argument may say."""
@@ -55,7 +57,7 @@ def router_weights_by_inverse(
 
 def masked(chosen: Tensor, weights: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Expert -1 and weight 0 for every token that the mask switches off."""
-    experts = chosen.to(torch.int32)
+    experts = chosen.to(torch.int32, memory_format=torch.contiguous_format)
     if mask is None:
         return experts, weights
     return experts.masked_fill(~mask[:, None], -1), weights.masked_fill(~mask[:, None], 0.0)
@@ -65,3 +67,13 @@ def specified(logits: Tensor, mask: Tensor | None) -> Tensor:
     """[T] bool: tokens whose routing is specified, those with finite logits or switched off."""
     finite = logits.isfinite().all(-1)
     return finite if mask is None else finite | ~mask
+
+
+def check_topk_idx(operator: str, topk_idx: Tensor, experts: int) -> None:
+    """Raise ArgumentError unless all are experts or -1; reads values."""
+    if topk_idx.numel() == 0:
+        return
+    low, high = (int(bound) for bound in topk_idx.aminmax())
+    if low < -1 or high >= experts:
+        got = low if low < -1 else high
+        raise ArgumentError(f"{operator}: topk_idx must be in 0..experts-1 = {experts - 1}, or -1; got {got}.")

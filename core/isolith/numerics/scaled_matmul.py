@@ -11,7 +11,8 @@ those of the weight:
 Activations x [*, K] are float (no scale), e4m3 with x_scale [*, ceil(K/act_group)], or int8 with x_scale [*, 1].
 A value is its code times its scale; scales are float8_e8m0fnu or float32, and only their value counts.
 
-Source: DeepGEMM 54e2261 README (block scales), deep_gemm/utils/math.py (packing); DeepSeek-V4 inference/model.py, Linear.
+Source: DeepGEMM 54e2261 README (block scales), deep_gemm/utils/math.py (packing); DeepSeek-V4 inference/model.py,
+Linear.
 """
 
 import torch
@@ -26,7 +27,8 @@ ACT_QUANT = ("auto", "none", "fp8", "int8")
 """What an `act_quant` argument may say: how float activations are quantised before a product."""
 QUANTISED = (torch.float8_e4m3fn, torch.int8)
 """Dtypes of activations that are quantised already."""
-MATH = {torch.float8_e4m3fn: "float8", torch.uint8: "float8", torch.int8: "int8", torch.bfloat16: "bfloat16"}
+MATH = {torch.float8_e4m3fn: "float8", torch.uint8: "float8", torch.int8: "int8"}
+"""Formats of products of quantised activations and weights; e2m1 meets e4m3, at the speed of e4m3."""
 
 
 def resolve_act_quant(act_quant: str, weight: Tensor) -> str:
@@ -36,11 +38,13 @@ def resolve_act_quant(act_quant: str, weight: Tensor) -> str:
     return {torch.float8_e4m3fn: "fp8", torch.uint8: "fp8", torch.int8: "int8"}.get(weight.dtype, "none")
 
 
-def math_of(weight: Tensor, act_quant: str) -> str:
-    """The format of the products, for a cost: that of the weight if activations are quantised, else 16 or 32 bits."""
-    if resolve_act_quant(act_quant, weight) == "none":
-        return "float32" if weight.dtype in (torch.float32, torch.float64) else "bfloat16"
-    return MATH.get(weight.dtype, "float32")
+def math_of(x: Tensor, weight: Tensor, act_quant: str) -> str:
+    """The format of the products, for a cost."""
+    wide = torch.float32 in (x.dtype, weight.dtype) or torch.float64 in (x.dtype, weight.dtype)
+    plain = "float32" if wide else "bfloat16"
+    if x.dtype in FLOAT and resolve_act_quant(act_quant, weight) == "none":
+        return plain
+    return MATH.get(weight.dtype, plain)
 
 
 def inner_of(weight: Tensor) -> int:
@@ -52,11 +56,25 @@ def blocks_of(weight: Tensor, block_n: int, block_k: int) -> tuple[int, int]:
     """Rows and columns of a weight that share a scale."""
     if weight.dtype == torch.uint8:
         return 1, FP4_GROUP
-    return (1, weight.shape[-1]) if weight.dtype == torch.int8 else (block_n, block_k)
+    return (1, max(weight.shape[-1], 1)) if weight.dtype == torch.int8 else (block_n, block_k)
+
+
+def scale_shape(weight: Tensor, block_n: int, block_k: int) -> tuple[int, ...]:
+    """The shape of the scale of a quantised weight."""
+    if weight.dtype == torch.int8:
+        return (*weight.shape[:-1], 1)
+    rows, columns = blocks_of(weight, block_n, block_k)
+    return (*weight.shape[:-2], groups_of(weight.shape[-2], rows), groups_of(inner_of(weight), columns))
 
 
 def check_weight_kind(
-    operator: str, weight: Tensor, weight_scale: Tensor | None, block_n: int, block_k: int, inner: int, name: str = "weight"
+    operator: str,
+    weight: Tensor,
+    weight_scale: Tensor | None,
+    block_n: int,
+    block_k: int,
+    inner: int,
+    name: str = "weight",
 ) -> None:
     """Raise ArgumentError unless the weight has `inner` columns and the scale that its kind needs.
 
@@ -81,10 +99,7 @@ def check_weight_kind(
         raise ArgumentError(f"{operator}: {name}_scale must be given where {name} is {kind}; got None.")
     if weight.dtype == torch.uint8 and inner % FP4_GROUP:
         raise ArgumentError(f"{operator}: {name} in e2m1 needs columns in multiples of 32; got {inner}.")
-    rows, columns = blocks_of(weight, block_n, block_k)
-    wanted = (*weight.shape[:-2], groups_of(weight.shape[-2], rows), groups_of(inner, columns) if inner else 0)
-    if weight.dtype == torch.int8:
-        wanted = (*weight.shape[:-1], 1)
+    wanted = scale_shape(weight, block_n, block_k)
     if tuple(weight_scale.shape) != wanted:
         raise ArgumentError(
             f"{operator}: {name}_scale must be {list(wanted)} for {kind} {name}; got shape {tuple(weight_scale.shape)}."
@@ -119,7 +134,7 @@ def dequantise_weight(weight: Tensor, scale: Tensor | None, block_n: int, block_
     if scale is None:
         return values
     rows, columns = blocks_of(weight, block_n, block_k)
-    return values * spread_scale(scale, *values.shape[-2:], rows, columns).to(dtype)
+    return values * spread_scale(scale, values.shape[-2], values.shape[-1], rows, columns).to(dtype)
 
 
 def dequantise_activation(x: Tensor, x_scale: Tensor | None, act_group: int, dtype: torch.dtype) -> Tensor:

@@ -2,15 +2,14 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
 
 from isolith import graph
-from isolith.operator import Operator
+from isolith.operator import AnyOperator, Operator
 from isolith.ops import attention, moe, norm, quant, residual, rotary
 
 FAMILIES = (norm, residual, rotary, moe, attention, quant)
 
-OPERATORS: Mapping[str, Operator[..., Any]] = MappingProxyType(  # Any: operators of every signature
+OPERATORS: Mapping[str, AnyOperator] = MappingProxyType(
     {
         value.name: value
         for family in FAMILIES
