@@ -37,7 +37,8 @@ def registry():
 
     def make(*backends):
         rows = tuple(
-            Plugin(name=b.name, distribution=f"isolith-{b.name}", version="1.0", target="test", backend=b) for b in backends
+            Plugin(name=b.name, distribution=f"isolith-{b.name}", version="1.0", target="test", backend=b)
+            for b in backends
         )
         return Registry(operators=OPERATORS, plugins=rows)
 

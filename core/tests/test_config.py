@@ -8,7 +8,11 @@ from isolith.errors import ConfigError
     ("environment", "field", "value"),
     [
         ({"ISOLITH_BACKEND": "cuda"}, "backend", "cuda"),
-        ({"ISOLITH_KERNELS": "rms_norm=reference, rope = cpu.rope"}, "pins", {"rms_norm": "reference", "rope": "cpu.rope"}),
+        (
+            {"ISOLITH_KERNELS": "rms_norm=reference, rope = cpu.rope"},
+            "pins",
+            {"rms_norm": "reference", "rope": "cpu.rope"},
+        ),
         ({"ISOLITH_FALLBACK": "error"}, "fallback", "error"),
         ({"ISOLITH_PLUGINS": "a,b"}, "plugins", ("a", "b")),
         ({"ISOLITH_DEBUG": "1"}, "debug", True),

@@ -109,7 +109,10 @@ def test_fallback_error_names_every_reason_and_the_way_out(backend, dispatcher):
 
 
 def test_fallback_error_holds_for_a_refusal_while_running(backend, dispatcher):
-    with using(dispatcher(backend(refuses), fallback="error")), pytest.raises(NoKernelError, match="rows of 8; takes 16"):
+    with (
+        using(dispatcher(backend(refuses), fallback="error")),
+        pytest.raises(NoKernelError, match="rows of 8; takes 16"),
+    ):
         isolith.rms_norm(X, WEIGHT)
 
 
@@ -135,7 +138,10 @@ def test_pinned_reference_is_no_step_down(backend, dispatcher):
     ("pin", "says"),
     [
         (("rms_nrm", "reference"), "kernels: there is no operator 'rms_nrm'; did you mean rms_norm?"),
-        (("rms_norm", "test.fast"), "kernels: rms_norm has no kernel 'test.fast' here; known: reference, test.rms_norm."),
+        (
+            ("rms_norm", "test.fast"),
+            "kernels: rms_norm has no kernel 'test.fast' here; known: reference, test.rms_norm.",
+        ),
         (
             ("rms_norm", "composition"),
             "kernels: rms_norm has no kernel 'composition' here; known: reference, test.rms_norm.",
@@ -168,7 +174,10 @@ def test_unknown_backend_names_the_nearest(backend, dispatcher):
 
 
 def test_named_backend_takes_no_other_device(backend, dispatcher):
-    with using(dispatcher(backend(name="chip", device_type="xpu"), backend="chip")), pytest.raises(ArgumentError) as caught:
+    with (
+        using(dispatcher(backend(name="chip", device_type="xpu"), backend="chip")),
+        pytest.raises(ArgumentError) as caught,
+    ):
         isolith.rms_norm(X, WEIGHT)
     assert str(caught.value) == "rms_norm: ISOLITH_BACKEND=chip serves 'xpu' tensors; got 'cpu' tensors."
 
@@ -253,12 +262,23 @@ def test_explain_lists_the_chosen_and_why_others_are_not(backend, dispatcher):
     half_only = marks(1.0, requires=Requires(dtypes=(torch.float16,)))
     with using(dispatcher(backend(half_only))):
         explanation = isolith.explain(isolith.rms_norm, X, WEIGHT)
-    assert str(explanation) == (
-        "rms_norm on cpu\n   test.rms_norm: x is float32; takes float16\n-> reference: chosen"
-    )
+    assert str(explanation) == ("rms_norm on cpu\n   test.rms_norm: x is float32; takes float16\n-> reference: chosen")
     assert explanation.as_dict()["chosen"] == "reference"
 
 
 def test_explain_refuses_an_illegal_call():
     with pytest.raises(ArgumentError, match="hidden is 8 in x but 7 in weight"):
         isolith.explain(isolith.rms_norm, X, WEIGHT[:7])
+
+
+def test_recording_counts_what_ran(backend, dispatcher):
+    with using(dispatcher(backend(marks(1.0)))), isolith.record() as calls:
+        isolith.rms_norm(X, WEIGHT)
+        isolith.rms_norm(X[:2], WEIGHT)
+    assert calls == {("rms_norm", "test.rms_norm"): 2}
+
+
+def test_recording_names_the_step_that_ran_after_a_refusal(backend, dispatcher):
+    with using(dispatcher(backend(refuses, marks(2.0)))), isolith.record() as calls:
+        isolith.rms_norm(X, WEIGHT)
+    assert list(calls) == [("rms_norm", "test.rms_norm")]

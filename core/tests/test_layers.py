@@ -15,7 +15,9 @@ SHIPPED = [
     for folder in ("core/isolith", "backends/isolith_backends", "conformance/isolith_conformance")
     for path in sorted((ROOT / folder).rglob("*.py"))
 ]
-VENDORS = re.compile(r"\b(nvidia|cuda|triton|ascend|huawei|torch_npu|npu|cann|cambricon|mlu|torch_mlu)\b", re.IGNORECASE)
+VENDORS = re.compile(
+    r"\b(nvidia|cuda|triton|ascend|huawei|torch_npu|npu|cann|cambricon|mlu|torch_mlu)\b", re.IGNORECASE
+)
 LONGEST_FILE = 400
 LONGEST_FUNCTION = 60
 
@@ -29,7 +31,11 @@ def code_words(source):
             node.body = [
                 line
                 for line in body
-                if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str))
+                if not (
+                    isinstance(line, ast.Expr)
+                    and isinstance(line.value, ast.Constant)
+                    and isinstance(line.value.value, str)
+                )
             ]
     return ast.unparse(tree)
 

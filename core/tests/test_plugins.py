@@ -65,7 +65,10 @@ def test_good_plugin_gives_its_backend(install):
         ("raise SystemExit(3)", "SystemExit: 3 ("),
         ("def f(:", "SyntaxError: "),
         ("x = 1", "TypeError: plugin_acme_0 must have one isolith_backend hook that returns a Backend; it gave [] ("),
-        (GOOD.replace("api_version=1", "api_version=99"), f"written for plugin API 99; this isolith has API {API_VERSION}"),
+        (
+            GOOD.replace("api_version=1", "api_version=99"),
+            f"written for plugin API 99; this isolith has API {API_VERSION}",
+        ),
         (GOOD.replace("api_version=1, ", ""), "TypeError: Backend.__init__() missing 1 required keyword-only argument"),
         (GOOD.replace('"NAME"', '"other"'), "its entry point is 'acme' but its backend is 'other'"),
         (GOOD.replace("def isolith_backend():", "def isolith_backend(extra):"), "PluginValidationError: "),
