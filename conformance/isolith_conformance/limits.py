@@ -26,9 +26,16 @@ STANDARD = {
     torch.bfloat16: Ratios(r1=1.4, r2=2.0, r3=3.0),
 }
 
-FLOOR_ULPS = 0.25
-"""Errors below this many units in the last place of the row's largest element are no errors: a variant that happens to
-be exact must not make the others wrong."""
+ONE_ROUNDING = 0.2
+"""Root mean square of the error of one rounding to nearest, in units of the dtype's eps times the value (0.41 times
+half an eps, measured): the legal error is at least that, since a variant that happens to be exact must not make others
+wrong."""
+LARGEST_ROUNDING = 0.5
+"""The largest error of one rounding to nearest, in the same units."""
 
 ROW_FLOOR = 0.5
 """A row's legal error counts as at least this part of the median row's, so that exact rows divide by something."""
+
+SELECTION_SLACK = 2.0
+"""How far a selected value may lie below the one that gold selects, in units of the largest error that legal rounding
+makes in the row's values: one such error may raise the wrong value, another lower the right one."""

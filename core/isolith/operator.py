@@ -180,7 +180,7 @@ class Operator(Generic[P, R]):
 
 
 def in_float64(operator: "AnyOperator", arguments: Mapping[str, Any]) -> dict[str, Any]:  # Any: a call's own values
-    """The same call for gold: every float widened to float64, an `out_dtype` too; quantised codes and scales as they are."""
+    """The same call for gold: floats widened to float64, `out_dtype` too; quantised codes and scales as they are."""
     wide = dict(arguments)
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.dtype in FLOAT and torch.float64 in operator.dtypes[name]:

@@ -47,7 +47,7 @@ def text(rows: list[dict[str, Any]]) -> str:  # Any: JSON
 COMMAND = Command(
     name="config",
     summary="every setting, its value and where that came from",
-    add_arguments=lambda parser: None,
+    add_arguments=lambda _: None,
     answer=answer,
     text=text,
 )

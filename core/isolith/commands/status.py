@@ -95,7 +95,7 @@ def describe(row: dict[str, Any]) -> str:  # Any: JSON
 COMMAND = Command(
     name="status",
     summary="what this machine has: backends, plugins, versions, settings (the default command)",
-    add_arguments=lambda parser: None,
+    add_arguments=lambda _: None,
     answer=answer,
     text=text,
 )

@@ -48,7 +48,7 @@ def text(answer: dict[str, Any]) -> str:  # Any: JSON
 COMMAND = Command(
     name="table",
     summary="what each backend has for each operator, in Markdown",
-    add_arguments=lambda parser: None,
+    add_arguments=lambda _: None,
     answer=answer,
     text=text,
 )

@@ -245,7 +245,7 @@ def cost(
 ) -> Cost:
     keys = min(start_pos.shape[0] * max_entries, k_cache.shape[0] * k_cache.shape[1])
     return Cost(
-        # The dot products. Weighting and summing the heads runs beside them in float32, and published counts leave it out.
+        # The dot products. Weighting and summing heads runs beside them in float32; published counts leave it out.
         flops=2 * q.shape[0] * max_entries * q.shape[1] * entry_dim(k_cache),
         bytes_read=q.nbytes + weights.nbytes + keys * k_cache.shape[2] * k_cache.itemsize,
         bytes_written=q.shape[0] * max_entries * FLOAT_NAMES[out_dtype].itemsize,
