@@ -19,6 +19,6 @@ def isolith_backend() -> Backend:
         device_type="cpu",
         api_version=1,
         why_unavailable=why_unavailable,
-        kernels=(),
+        kernels=("isolith_backends.cpu.attention", "isolith_backends.cpu.moe"),
         reference_is_native=True,
     )
