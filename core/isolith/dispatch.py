@@ -76,7 +76,7 @@ class Dispatcher:
     def function(self, operator: "AnyOperator", explanation: Explanation) -> Function:
         """The function for the chosen candidate, as bare as the call allows."""
         if explanation.device == "meta":
-            return operator.fake
+            return lambda *args, **kwargs: operator.fake(**operator.by_name(*args, **kwargs))
         chosen = explanation.chosen
         assert chosen is not None, "the ladder ends with steps that nothing rules out"
         if explanation.is_fallback:
@@ -86,7 +86,7 @@ class Dispatcher:
         if operator.mutates:
             function = never_twice(operator, function)
         if operator.check_values and (explanation.device == "cpu" or self.settings.debug):
-            function = checked(operator.check_values, function)
+            function = checked(operator, operator.check_values, function)
         return function
 
     def counted(self, operator: "AnyOperator", explanation: Explanation, candidate: Candidate) -> Function:
@@ -212,11 +212,11 @@ def run_on_host(dispatcher: Dispatcher, operator: "AnyOperator", *args: Any, **k
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), result)
 
 
-def checked(check_values: Function, function: Function) -> Function:
+def checked(operator: "AnyOperator", check_values: Function, function: Function) -> Function:
     """Check values, then run."""
 
     def check_and_run(*args: Any, **kwargs: Any) -> Any:
-        check_values(*args, **kwargs)
+        check_values(**operator.by_name(*args, **kwargs))
         return function(*args, **kwargs)
 
     return check_and_run

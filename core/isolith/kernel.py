@@ -80,18 +80,19 @@ class Kernel(Generic[P, R]):
     name: str
     fn: Callable[P, R]
     requires: Requires
-    why_not: Callable[P, WhyNot] | None
+    why_not: Callable[..., WhyNot] | None
 
 
 def implements(
-    operator: "Operator[P, R]", *, requires: Requires | None = None, why_not: Callable[P, WhyNot] | None = None
+    operator: "Operator[P, R]", *, requires: Requires | None = None, why_not: Callable[..., WhyNot] | None = None
 ) -> Callable[[Callable[P, R]], Kernel[P, R]]:
     """Mark a function as a kernel of `operator`; nothing is registered until its backend is loaded.
 
     Args:
         operator: The operator; the function has its signature.
         requires: What relates to one argument or to the device, as data.
-        why_not: What relates arguments to each other: returns a sentence with the number in it, or None.
+        why_not: What relates arguments to each other: gets every argument by name, names those it uses and takes the
+            others as `**_`; returns a sentence with the number in it, or None.
     """
 
     def mark(fn: Callable[P, R]) -> Kernel[P, R]:

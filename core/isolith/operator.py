@@ -47,6 +47,10 @@ class Cost:
 class Operator(Generic[P, R]):
     """A device-neutral operator. Calling it checks the arguments, selects a kernel and runs it.
 
+    The reference and its variants have the operator's signature. The parts that look at a call (`fake`, `check`,
+    `check_values`, `cost`, `selects_by`, `defined`) get every argument by name, name the ones they use and take the
+    others as `**_`.
+
     Args:
         name: The operator's name, equal to the name of its file.
         shapes: Axes of its tensors, as `isolith.shapes` describes.
@@ -73,16 +77,16 @@ class Operator(Generic[P, R]):
     dtypes: Mapping[str, tuple[torch.dtype, ...]]
     reference: Callable[P, R]
     variants: tuple[Callable[P, R], ...]
-    fake: Callable[P, R]
-    check: Callable[P, None]
-    check_values: Callable[P, None] | None = None
-    cost: Callable[P, Cost]
+    fake: Callable[..., R]
+    check: Callable[..., None]
+    check_values: Callable[..., None] | None = None
+    cost: Callable[..., Cost]
     samples: Callable[[Make], Iterator[Sample]]
     errors: Callable[[Make], Iterator[ErrorSample]]
     mutates: tuple[str, ...] = ()
     bitwise: bool = False
-    selects_by: Callable[P, Tensor] | None = None
-    defined: Callable[P, tuple[Tensor | None, ...]] | None = None
+    selects_by: Callable[..., Tensor] | None = None
+    defined: Callable[..., tuple[Tensor | None, ...]] | None = None
     composed_of: tuple[str, ...] = ()
     sample_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -135,35 +139,42 @@ class Operator(Generic[P, R]):
 
     @cached_property
     def metadata_key(self) -> Callable[P, tuple[Any, ...]]:  # Any: metadata of many kinds
-        """A function of a call's arguments that gives all that a check or a selection may look at, hashable.
-
-        It is compiled from the signature, once, since it runs in every call.
-        """
-        parameters, parts, defaults = [], [repr(self.name)], {}
+        """A function of a call's arguments that gives all that a check or a selection may look at, hashable."""
+        parts = [repr(self.name)]
         for name, parameter in self.signature.parameters.items():
-            if parameter.default is inspect.Parameter.empty:
-                parameters.append(name)
-            else:
-                parameters.append(f"{name}=default_{name}")
-                defaults[f"default_{name}"] = parameter.default
             if name not in self.tensor_arguments:
                 parts.append(name)
                 continue
             seen = f"{name}.shape, {name}.dtype, {name}.device, {name}.is_contiguous() or {name}.stride()"
             optional = parameter.default is None
             parts.append(f"None if {name} is None else ({seen})" if optional else seen)
-        source = f"lambda {', '.join(parameters)}: ({', '.join(parts)})"
-        compiled: Callable[P, tuple[Any, ...]] = eval(source, defaults)
-        return compiled
+        return self.compiled(f"({', '.join(parts)})")
+
+    @cached_property
+    def by_name(self) -> Callable[P, dict[str, Any]]:  # Any: a call's own values
+        """A function of a call's arguments that gives them by name, defaults filled in."""
+        return self.compiled(f"{{{', '.join(f'{name!r}: {name}' for name in self.signature.parameters)}}}")
+
+    def compiled(self, expression: str) -> Callable[P, Any]:  # Any: the expression's value
+        """A function with the operator's signature, compiled once since it runs in every call."""
+        given = [
+            p.name if p.default is p.empty else f"{p.name}=default_{p.name}" for p in self.signature.parameters.values()
+        ]
+        defaults = {f"default_{p.name}": p.default for p in self.signature.parameters.values()}
+        function: Callable[P, Any] = eval(f"lambda {', '.join(given)}: {expression}", defaults)
+        return function
 
     def arguments(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # Any: whatever a caller passed
         """The call's arguments by name, defaults filled in; ArgumentError when they do not fit the signature."""
         try:
-            bound = self.signature.bind(*args, **kwargs)
+            return self.by_name(*args, **kwargs)
+        except TypeError:
+            pass
+        try:
+            self.signature.bind(*args, **kwargs)
         except TypeError as error:
             raise ArgumentError(f"{self.name}: {error}; its arguments are {self.signature}.") from None
-        bound.apply_defaults()
-        return bound.arguments
+        raise AssertionError("what by_name refuses does not fit the signature")
 
     def validate(self, arguments: Mapping[str, Any]) -> None:  # Any: whatever a caller passed
         """Raise ArgumentError unless types, devices, dtypes, shapes and `check` all agree with the call."""
@@ -176,7 +187,7 @@ class Operator(Generic[P, R]):
                 takes = listed(tuple(map(dtype_name, self.dtypes[name])))
                 raise ArgumentError(f"{self.name}: {name} must be {takes}; got {dtype_name(tensor.dtype)}.")
         self.parsed_shapes.bind(self.name, arguments)
-        self.check(**arguments)  # type: ignore[call-arg]  # the names are the signature's own
+        self.check(**arguments)
 
 
 def in_float64(operator: "AnyOperator", arguments: Mapping[str, Any]) -> dict[str, Any]:  # Any: a call's own values

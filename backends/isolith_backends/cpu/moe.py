@@ -138,18 +138,7 @@ def moe_permute(
     return rows_of(x), row_scale, counts, offsets, pos_to_pair, pair_to_pos.view(tokens, k), pos_to_expert
 
 
-def why_not_grouped_gemm(
-    x: Tensor,
-    weight: Tensor,
-    expert_counts: Tensor,
-    alignment: int = 1,
-    x_scale: Tensor | None = None,
-    weight_scale: Tensor | None = None,
-    act_group: int = 128,
-    block_n: int = 128,
-    block_k: int = 128,
-    out_dtype: str = "bfloat16",
-) -> WhyNot:
+def why_not_grouped_gemm(out_dtype: str, **_: object) -> WhyNot:
     return "out_dtype is float64; float32 sums would not do" if out_dtype == "float64" else None
 
 
@@ -182,24 +171,7 @@ def grouped_gemm(
 
 
 def why_not_fused_moe(
-    x: Tensor,
-    topk_idx: Tensor,
-    topk_weights: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    w13_scale: Tensor | None = None,
-    w2_scale: Tensor | None = None,
-    shared_w13: Tensor | None = None,
-    shared_w2: Tensor | None = None,
-    shared_w13_scale: Tensor | None = None,
-    shared_w2_scale: Tensor | None = None,
-    swiglu_limit: float = 0.0,
-    weight_before_down: bool = True,
-    act_quant: str = "auto",
-    act_group: int = 128,
-    scale_format: str = "ue8m0",
-    block_n: int = 128,
-    block_k: int = 128,
+    w13: Tensor, w2: Tensor, shared_w13: Tensor | None, shared_w2: Tensor | None, **_: object
 ) -> WhyNot:
     for name, weight in (("w13", w13), ("w2", w2), ("shared_w13", shared_w13), ("shared_w2", shared_w2)):
         if weight is not None and weight.dtype == torch.float64:

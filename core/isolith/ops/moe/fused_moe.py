@@ -166,48 +166,28 @@ def weight_on_the_other_side(given: Given) -> Tensor:
     return reference(**given)
 
 
-def fake(
-    x: Tensor,
-    topk_idx: Tensor,
-    topk_weights: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    w13_scale: Tensor | None = None,
-    w2_scale: Tensor | None = None,
-    shared_w13: Tensor | None = None,
-    shared_w2: Tensor | None = None,
-    shared_w13_scale: Tensor | None = None,
-    shared_w2_scale: Tensor | None = None,
-    swiglu_limit: float = 0.0,
-    weight_before_down: bool = True,
-    act_quant: str = "auto",
-    act_group: int = 128,
-    scale_format: str = "ue8m0",
-    block_n: int = 128,
-    block_k: int = 128,
-) -> Tensor:
+def fake(x: Tensor, **_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def check(
     x: Tensor,
     topk_idx: Tensor,
-    topk_weights: Tensor,
     w13: Tensor,
     w2: Tensor,
-    w13_scale: Tensor | None = None,
-    w2_scale: Tensor | None = None,
-    shared_w13: Tensor | None = None,
-    shared_w2: Tensor | None = None,
-    shared_w13_scale: Tensor | None = None,
-    shared_w2_scale: Tensor | None = None,
-    swiglu_limit: float = 0.0,
-    weight_before_down: bool = True,
-    act_quant: str = "auto",
-    act_group: int = 128,
-    scale_format: str = "ue8m0",
-    block_n: int = 128,
-    block_k: int = 128,
+    w13_scale: Tensor | None,
+    w2_scale: Tensor | None,
+    shared_w13: Tensor | None,
+    shared_w2: Tensor | None,
+    shared_w13_scale: Tensor | None,
+    shared_w2_scale: Tensor | None,
+    swiglu_limit: float,
+    act_quant: str,
+    act_group: int,
+    scale_format: str,
+    block_n: int,
+    block_k: int,
+    **_: object,
 ) -> None:
     check_at_least_one("fused_moe", act_group=act_group, block_n=block_n, block_k=block_k, k=topk_idx.shape[1])
     check_act_quant("fused_moe", act_quant)
@@ -230,26 +210,7 @@ def check(
         check_weight_kind("fused_moe", down, down_scale, block_n, block_k, up.shape[-2] // 2, down_name)
 
 
-def check_values(
-    x: Tensor,
-    topk_idx: Tensor,
-    topk_weights: Tensor,
-    w13: Tensor,
-    w2: Tensor,
-    w13_scale: Tensor | None = None,
-    w2_scale: Tensor | None = None,
-    shared_w13: Tensor | None = None,
-    shared_w2: Tensor | None = None,
-    shared_w13_scale: Tensor | None = None,
-    shared_w2_scale: Tensor | None = None,
-    swiglu_limit: float = 0.0,
-    weight_before_down: bool = True,
-    act_quant: str = "auto",
-    act_group: int = 128,
-    scale_format: str = "ue8m0",
-    block_n: int = 128,
-    block_k: int = 128,
-) -> None:
+def check_values(topk_idx: Tensor, w13: Tensor, **_: object) -> None:
     check_topk_idx("fused_moe", topk_idx, w13.shape[0])
 
 
@@ -259,19 +220,14 @@ def cost(
     topk_weights: Tensor,
     w13: Tensor,
     w2: Tensor,
-    w13_scale: Tensor | None = None,
-    w2_scale: Tensor | None = None,
-    shared_w13: Tensor | None = None,
-    shared_w2: Tensor | None = None,
-    shared_w13_scale: Tensor | None = None,
-    shared_w2_scale: Tensor | None = None,
-    swiglu_limit: float = 0.0,
-    weight_before_down: bool = True,
-    act_quant: str = "auto",
-    act_group: int = 128,
-    scale_format: str = "ue8m0",
-    block_n: int = 128,
-    block_k: int = 128,
+    w13_scale: Tensor | None,
+    w2_scale: Tensor | None,
+    shared_w13: Tensor | None,
+    shared_w2: Tensor | None,
+    shared_w13_scale: Tensor | None,
+    shared_w2_scale: Tensor | None,
+    act_quant: str,
+    **_: object,
 ) -> Cost:
     pairs, experts = topk_idx.numel(), w13.shape[0]
     routed = sum(tensor.nbytes for tensor in (w13, w2, w13_scale, w2_scale) if tensor is not None)

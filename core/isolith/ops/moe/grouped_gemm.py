@@ -120,50 +120,28 @@ def scales_after_sums(
     return y
 
 
-def defined(
-    x: Tensor,
-    weight: Tensor,
-    expert_counts: Tensor,
-    alignment: int = 1,
-    x_scale: Tensor | None = None,
-    weight_scale: Tensor | None = None,
-    act_group: int = 128,
-    block_n: int = 128,
-    block_k: int = 128,
-    out_dtype: str = "bfloat16",
-) -> tuple[Tensor | None, ...]:
+def defined(x: Tensor, expert_counts: Tensor, alignment: int, **_: object) -> tuple[Tensor | None, ...]:
     live = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
-    for _, rows in segments(x, expert_counts, alignment):
+    for _expert, rows in segments(x, expert_counts, alignment):
         live[rows] = True
     return (live,)
 
 
-def fake(
-    x: Tensor,
-    weight: Tensor,
-    expert_counts: Tensor,
-    alignment: int = 1,
-    x_scale: Tensor | None = None,
-    weight_scale: Tensor | None = None,
-    act_group: int = 128,
-    block_n: int = 128,
-    block_k: int = 128,
-    out_dtype: str = "bfloat16",
-) -> Tensor:
+def fake(x: Tensor, weight: Tensor, out_dtype: str, **_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[1]), dtype=FLOAT_NAMES[out_dtype])
 
 
 def check(
     x: Tensor,
     weight: Tensor,
-    expert_counts: Tensor,
-    alignment: int = 1,
-    x_scale: Tensor | None = None,
-    weight_scale: Tensor | None = None,
-    act_group: int = 128,
-    block_n: int = 128,
-    block_k: int = 128,
-    out_dtype: str = "bfloat16",
+    alignment: int,
+    x_scale: Tensor | None,
+    weight_scale: Tensor | None,
+    act_group: int,
+    block_n: int,
+    block_k: int,
+    out_dtype: str,
+    **_: object,
 ) -> None:
     sizes = {"alignment": alignment, "act_group": act_group, "block_n": block_n, "block_k": block_k}
     check_at_least_one("grouped_gemm", **sizes)
@@ -178,18 +156,7 @@ def check(
     check_weight_kind("grouped_gemm", weight, weight_scale, block_n, block_k, x.shape[-1])
 
 
-def check_values(
-    x: Tensor,
-    weight: Tensor,
-    expert_counts: Tensor,
-    alignment: int = 1,
-    x_scale: Tensor | None = None,
-    weight_scale: Tensor | None = None,
-    act_group: int = 128,
-    block_n: int = 128,
-    block_k: int = 128,
-    out_dtype: str = "bfloat16",
-) -> None:
+def check_values(x: Tensor, expert_counts: Tensor, alignment: int, **_: object) -> None:
     counts, end = expert_counts.tolist(), 0
     for count in counts:
         if count < 0:
@@ -204,13 +171,10 @@ def cost(
     x: Tensor,
     weight: Tensor,
     expert_counts: Tensor,
-    alignment: int = 1,
-    x_scale: Tensor | None = None,
-    weight_scale: Tensor | None = None,
-    act_group: int = 128,
-    block_n: int = 128,
-    block_k: int = 128,
-    out_dtype: str = "bfloat16",
+    x_scale: Tensor | None,
+    weight_scale: Tensor | None,
+    out_dtype: str,
+    **_: object,
 ) -> Cost:
     rows = x.shape[:-1].numel()
     experts, outputs = weight.shape[0], weight.shape[1]

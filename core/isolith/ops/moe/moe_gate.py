@@ -80,61 +80,21 @@ def by_parts(
     return routing.router_weights_by_inverse(scores, largest(choice, k), renormalize, routed_scale, mask)
 
 
-def selects_by(
-    logits: Tensor,
-    k: int,
-    bias: Tensor | None = None,
-    score: str = "sqrtsoftplus",
-    groups: int = 1,
-    topk_groups: int = 1,
-    renormalize: bool = True,
-    routed_scale: float = 1.0,
-    mask: Tensor | None = None,
-) -> Tensor:
+def selects_by(logits: Tensor, bias: Tensor | None, score: str, groups: int, topk_groups: int, **_: object) -> Tensor:
     return choices(routing.router_scores(logits, score), bias, groups, topk_groups)
 
 
-def defined(
-    logits: Tensor,
-    k: int,
-    bias: Tensor | None = None,
-    score: str = "sqrtsoftplus",
-    groups: int = 1,
-    topk_groups: int = 1,
-    renormalize: bool = True,
-    routed_scale: float = 1.0,
-    mask: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
+def defined(logits: Tensor, mask: Tensor | None, **_: object) -> tuple[Tensor | None, ...]:
     rows = routing.specified(logits, mask)
     return rows, rows
 
 
-def fake(
-    logits: Tensor,
-    k: int,
-    bias: Tensor | None = None,
-    score: str = "sqrtsoftplus",
-    groups: int = 1,
-    topk_groups: int = 1,
-    renormalize: bool = True,
-    routed_scale: float = 1.0,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def fake(logits: Tensor, k: int, **_: object) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], k)
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape)
 
 
-def check(
-    logits: Tensor,
-    k: int,
-    bias: Tensor | None = None,
-    score: str = "sqrtsoftplus",
-    groups: int = 1,
-    topk_groups: int = 1,
-    renormalize: bool = True,
-    routed_scale: float = 1.0,
-    mask: Tensor | None = None,
-) -> None:
+def check(logits: Tensor, k: int, score: str, groups: int, topk_groups: int, **_: object) -> None:
     experts = logits.shape[1]
     check_choice("moe_gate", "score", score, routing.SCORES)
     check_at_least_one("moe_gate", k=k)
@@ -149,17 +109,7 @@ def check(
         raise ArgumentError(f"moe_gate: k must be at most topk_groups*experts/groups = {within}; got {k}.")
 
 
-def cost(
-    logits: Tensor,
-    k: int,
-    bias: Tensor | None = None,
-    score: str = "sqrtsoftplus",
-    groups: int = 1,
-    topk_groups: int = 1,
-    renormalize: bool = True,
-    routed_scale: float = 1.0,
-    mask: Tensor | None = None,
-) -> Cost:
+def cost(logits: Tensor, k: int, bias: Tensor | None, mask: Tensor | None, **_: object) -> Cost:
     small = sum(tensor.nbytes for tensor in (bias, mask) if tensor is not None)
     return Cost(
         flops=5 * logits.numel() + 3 * logits.shape[0] * k,  # exponential, log, root, bias, comparison; sum and scale

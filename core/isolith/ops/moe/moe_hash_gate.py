@@ -52,52 +52,20 @@ def by_parts(
     return routing.router_weights_by_inverse(scores, chosen, renormalize, routed_scale, mask)
 
 
-def defined(
-    logits: Tensor,
-    token_ids: Tensor,
-    table: Tensor,
-    score: str = "sqrtsoftplus",
-    renormalize: bool = True,
-    routed_scale: float = 1.0,
-    mask: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
+def defined(logits: Tensor, mask: Tensor | None, **_: object) -> tuple[Tensor | None, ...]:
     return None, routing.specified(logits, mask)
 
 
-def fake(
-    logits: Tensor,
-    token_ids: Tensor,
-    table: Tensor,
-    score: str = "sqrtsoftplus",
-    renormalize: bool = True,
-    routed_scale: float = 1.0,
-    mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def fake(logits: Tensor, table: Tensor, **_: object) -> tuple[Tensor, Tensor]:
     shape = (logits.shape[0], table.shape[1])
     return logits.new_empty(shape, dtype=torch.int32), logits.new_empty(shape)
 
 
-def check(
-    logits: Tensor,
-    token_ids: Tensor,
-    table: Tensor,
-    score: str = "sqrtsoftplus",
-    renormalize: bool = True,
-    routed_scale: float = 1.0,
-    mask: Tensor | None = None,
-) -> None:
+def check(score: str, **_: object) -> None:
     check_choice("moe_hash_gate", "score", score, routing.SCORES)
 
 
-def check_values(
-    logits: Tensor,
-    token_ids: Tensor,
-    table: Tensor,
-    score: str = "sqrtsoftplus",
-    renormalize: bool = True,
-    routed_scale: float = 1.0,
-    mask: Tensor | None = None,
-) -> None:
+def check_values(logits: Tensor, token_ids: Tensor, table: Tensor, **_: object) -> None:
     vocab, experts = table.shape[0], logits.shape[1]
     check_range("token_ids", token_ids, "vocab", vocab)
     check_range("table", table[token_ids.long()], "experts", experts)
@@ -113,15 +81,7 @@ def check_range(name: str, values: Tensor, limit_name: str, limit: int) -> None:
         raise ArgumentError(f"moe_hash_gate: {name} must be in 0..{limit_name}-1 = {limit - 1}; got {got}.")
 
 
-def cost(
-    logits: Tensor,
-    token_ids: Tensor,
-    table: Tensor,
-    score: str = "sqrtsoftplus",
-    renormalize: bool = True,
-    routed_scale: float = 1.0,
-    mask: Tensor | None = None,
-) -> Cost:
+def cost(logits: Tensor, token_ids: Tensor, table: Tensor, score: str, mask: Tensor | None, **_: object) -> Cost:
     slots = logits.shape[0] * table.shape[1]
     # A softmax needs every logit; the others score the chosen experts alone.
     scored = logits.numel() if score == "softmax" else slots
