@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -153,13 +153,8 @@ class Recorder(Dispatcher):
 
 def ruled_out(explanation: Explanation, refused: Candidate, reason: str) -> Explanation:
     """The explanation with one candidate ruled out."""
-    rows = tuple(
-        Candidate(step=row.step, name=row.name, why_not=reason, kernel=row.kernel) if row is refused else row
-        for row in explanation.candidates
-    )
-    return Explanation(
-        operator=explanation.operator, device=explanation.device, candidates=rows, native=explanation.native
-    )
+    rows = tuple(replace(row, why_not=reason) if row is refused else row for row in explanation.candidates)
+    return replace(explanation, candidates=rows)
 
 
 def run_candidate(dispatcher: Dispatcher, operator: "AnyOperator", candidate: Candidate) -> Function:

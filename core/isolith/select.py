@@ -42,6 +42,8 @@ class Explanation:
     candidates: tuple[Candidate, ...]
     native: bool
     """Whether the reference is this device's own implementation, so that running it is no step down."""
+    pin: str | None = None
+    """The candidate that the user asked for by name."""
 
     @property
     def chosen(self) -> Candidate | None:
@@ -50,11 +52,13 @@ class Explanation:
 
     @property
     def is_fallback(self) -> bool:
-        """Whether the chosen candidate is a step down: the reference or the host, where neither is native.
+        """Whether the chosen candidate is a step down: another than was asked for, or a reference that is not native.
 
         A composition is none: each of its parts is selected, and falls back or not, by itself.
         """
-        return self.chosen is not None and self.chosen.step in ("reference", "host") and not self.native
+        if self.chosen is None or self.pin is not None:
+            return self.chosen is not None and self.chosen.name != self.pin
+        return self.chosen.step in ("reference", "host") and not self.native
 
     @property
     def reasons(self) -> str:
@@ -129,8 +133,7 @@ def select(
     if pin is not None:
         # A pin comes first; what it would have overtaken stands behind it, for the case that it refuses.
         rows.sort(key=lambda row: row.name != pin)
-        native = native or pin == "reference"
-    return Explanation(operator=operator.name, device=device, candidates=tuple(rows), native=native)
+    return Explanation(operator=operator.name, device=device, candidates=tuple(rows), native=native, pin=pin)
 
 
 def serving(registry: Registry, settings: Settings, operator: "AnyOperator", device: str) -> tuple[Backend, ...]:

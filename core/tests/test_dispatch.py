@@ -134,6 +134,14 @@ def test_pinned_reference_is_no_step_down(backend, dispatcher):
         assert torch.equal(isolith.rms_norm(X, WEIGHT), reference(X, WEIGHT))
 
 
+def test_pinned_kernel_that_refuses_is_a_step_down_even_where_the_reference_is_native(backend, dispatcher):
+    half_only = marks(1.0, requires=Requires(dtypes=(torch.float16,)))
+    native = backend(half_only, reference_is_native=True)
+    with using(dispatcher(native, kernels=(("rms_norm", "test.rms_norm"),), fallback="allow")):
+        isolith.rms_norm(X, WEIGHT)
+        assert [record.ran for record in isolith.fallbacks()] == ["reference"]
+
+
 @pytest.mark.parametrize(
     ("pin", "says"),
     [

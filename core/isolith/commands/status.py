@@ -24,10 +24,26 @@ def answer(options: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
         "python": platform.python_version(),
         "torch": torch.__version__,
         "operators": len(OPERATORS),
+        "devices": devices(),
         "backends": [backend_row(active.registry, plugin) for plugin in active.registry.plugins],
         "not_loaded": not_loaded(active.registry),
         "settings": setting_rows(active.settings),
     }
+
+
+def devices() -> list[dict[str, Any]]:  # Any: JSON
+    """What torch sees; which vendor's chip an accelerator is, its backend says."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    rows: list[dict[str, Any]] = [
+        {"type": "cpu", "count": 1, "details": f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads"}
+    ]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None:
+        count = torch.accelerator.device_count()
+        rows.append(
+            {"type": accelerator.type, "count": count, "details": f"{count} devices" if count > 1 else "1 device"}
+        )
+    return rows
 
 
 def backend_row(registry: Registry, plugin: Plugin) -> dict[str, Any]:  # Any: JSON
@@ -66,6 +82,9 @@ def text(status: dict[str, Any]) -> str:  # Any: JSON
     lines = [
         f"isolith {status['isolith']}, torch {status['torch']}, Python {status['python']}; "
         f"{status['operators']} operators",
+        "",
+        "Devices",
+        entries([(row["type"], row["details"]) for row in status["devices"]]),
         "",
         "Backends",
         entries([(row["name"], describe(row)) for row in status["backends"]]) or "  none",

@@ -13,7 +13,7 @@ OPERATORS: Mapping[str, AnyOperator] = MappingProxyType(
     {
         value.name: value
         for family in FAMILIES
-        for value in vars(family).values()
+        for _, value in sorted(vars(family).items())
         if isinstance(value, Operator) and value.family == family.__name__.rpartition(".")[2]
     }
 )
