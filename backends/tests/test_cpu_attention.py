@@ -5,8 +5,10 @@ import torch
 
 import isolith
 from isolith import Kernel, Make
+from isolith.numerics import pages
+from isolith.numerics.pages import FORMATS
 from isolith.ops import OPERATORS
-from isolith_backends.cpu import attention
+from isolith_backends.cpu import attention, entries, scores
 from isolith_conformance.judge import judge
 
 KERNELS = {kernel.operator.name: kernel for kernel in vars(attention).values() if isinstance(kernel, Kernel)}
@@ -45,7 +47,8 @@ def kernel_takes(name, label):
 def cut(request, monkeypatch):
     """The limits as they are, and so small that every call is cut at every seam."""
     if request.param == "pieces":
-        for limit, value in (("GATHERED", 1), ("SCORED", 1), ("PIECE", 1), ("TOKENS", 3)):
+        monkeypatch.setattr(scores, "PIECE", 1)
+        for limit, value in (("GATHERED", 1), ("SCORED", 1), ("TOKENS", 3)):
             monkeypatch.setattr(attention, limit, value)
 
 
@@ -89,3 +92,21 @@ def test_nan_scores_leave_the_indices_in_range_and_distinct():
 def distinct(indices):
     """Whether no row has an index twice."""
     return all(len(set(row)) == len(row) for row in ([i for i in row if i >= 0] for row in indices.tolist()))
+
+
+def test_of_equal_scores_the_lowest_columns_are_selected():
+    make = Make(torch.float32, seed="ties")
+    scores, lengths = make.small_integers(3, 5003), make.tensor([5003, 4001, 120], torch.int32)
+    expected = OPERATORS["indexer_topk"].reference(scores, lengths, 200)
+    assert all(map(torch.equal, KERNELS["indexer_topk"].fn(scores, lengths, 200), expected))
+
+
+@pytest.mark.parametrize("entry", [584, 132, 68])
+def test_every_code_reads_as_in_the_reference(entry):
+    layout = FORMATS[entry]
+    codes = torch.arange(256).to(torch.uint8)[:, None].expand(-1, layout.data_bytes)
+    codes = codes[(codes[:, 0] & 127) < 127]  # without the NaN of e4m3
+    scales = torch.tensor([120, 121, 133, 134, 127, 127, 127, 0]).to(torch.uint8)[: layout.scale_bytes]
+    scales = torch.tensor([0.3]).view(torch.uint8) if entry == 132 else scales
+    call = (codes, scales.expand(len(codes), -1), layout)
+    assert torch.equal(entries.dequantised(*call), pages.dequantise(*call, torch.float32))

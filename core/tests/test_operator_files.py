@@ -15,6 +15,7 @@ from isolith.dispatch import dispatcher
 from isolith.operator import in_float64
 from isolith.shapes import evaluate
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
 PARTS = ("reference", "fake", "check", "check_values", "cost", "samples", "errors")
 
 
@@ -160,8 +161,13 @@ def test_bad_call_gets_its_sentence_before_anything_is_written(name, label):
 
 def opcheck(operator, arguments):
     # A kernel may leave what is unspecified as it finds it, so that two runs differ; the references write zeros.
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if any(isinstance(value, Tensor) and value.dtype in FLOAT8 for value in arguments.values()):
+        checks.remove("test_schema")  # it adds the arguments up to compare them, which torch cannot do in float8
+    if any(tensor.isnan().any() for tensor in tensors_of(operator.reference(**copied(arguments)))):
+        checks.remove("test_aot_dispatch_dynamic")  # it compares outputs, and NaN differs from itself
     with override(kernels=dict.fromkeys(OPERATORS, "reference")):
-        torch.library.opcheck(operator.torch_op, (), arguments)
+        torch.library.opcheck(operator.torch_op, (), arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -8,18 +8,19 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from isolith import Requires, WhyNot, implements, ops
 from isolith.dtypes import FLOAT_NAMES
 from isolith.numerics.lists import slots_of_columns
-from isolith.numerics.pages import FORMATS, ROPE, Format, entry_dim, format_of, views
+from isolith.numerics.pages import FORMATS, entry_dim, format_of
 from isolith.numerics.ragged import sequence_of_tokens
 from isolith.ops.attention.indexer_score import dequantised as values_of_query
+from isolith_backends.cpu.entries import entries_in_slots
+from isolith_backends.cpu.scores import largest, score
 
 GATHERED = 16 << 20  # bytes of float32 entries that are gathered at a time
 SCORED = 8 << 20  # bytes of scores that are kept for ranking at a time
-PIECE = 1 << 20  # bytes of products at a time: what a second-level cache holds
+PAGE = 4 << 20  # bytes of float32 keys that a block may hold
 TOKENS = 16  # that share one reading of the keys
 RANKED = 4096  # scores from which on a partial selection beats sorting them all
 
@@ -39,56 +40,6 @@ def pieces(tokens: slice, most: int) -> Iterator[slice]:
     """The tokens in runs of at most so many."""
     for low in range(tokens.start, tokens.stop, max(1, most)):
         yield slice(low, min(low + max(1, most), tokens.stop))
-
-
-def entries_of_blocks(cache: Tensor, blocks: Tensor) -> Tensor:
-    """All entries of some blocks in order, in float32; -1 reads block 0, which its owner has to make harmless."""
-    pages = cache.index_select(0, blocks.clamp(min=0).long())
-    layout = format_of(pages)
-    if layout is None:
-        return pages.flatten(0, 1).float()
-    return dequantised(*views(pages, layout), layout).flatten(0, 1)
-
-
-def dequantised(data: Tensor, scales: Tensor, layout: Format) -> Tensor:
-    """Entries from their bytes, in float32; the elements of 68-byte ones in the order 0, 2, .., 126, 1, 3, .., 127.
-
-    A code becomes a float16 by two operations on its bits, where a cast or a table takes ten times as long: sign
-    extended to 16 bits, shifted, and cleared between sign and exponent. The two NaN codes of e4m3 read as 480.
-    """
-    codes = data[..., : layout.code_bytes].contiguous()
-    if layout.entry == 68:
-        codes = torch.cat((codes << 4, codes), dim=-1)  # the code of each byte's lower and upper half on top
-        shift, kept, bias = 5, -0x7200, 2.0**14  # exponents of e2m1 count from 1, of float16 from 15
-        groups, group = 2 * layout.scales, layout.group // 2
-    else:
-        shift, kept, bias = 7, -0x4001, 2.0**8  # exponents of e4m3 count from 7
-        groups, group = layout.scales, layout.group
-    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(shift).bitwise_and_(kept)
-    factor = scales[..., : layout.scales * layout.scale_dtype.itemsize].contiguous()
-    if layout.scale_dtype == torch.float32:
-        factor = factor.view(torch.float32) * bias
-    else:
-        factor = (factor.int() << 23).view(torch.float32) * bias  # a ue8m0 byte is a float32 exponent
-    if layout.entry == 68:
-        factor = torch.cat((factor, factor), dim=-1)
-    scaled: Tensor = bits.view(torch.float16).unflatten(-1, (groups, group)) * factor[..., None]
-    values = scaled.flatten(-2)
-    if layout.dim == layout.quantised:
-        return values
-    rope = data[..., layout.data_bytes - 2 * ROPE :].contiguous().view(torch.bfloat16)
-    return torch.cat((values, rope.float()), dim=-1)
-
-
-def entries_in_slots(cache: Tensor, slots: Tensor) -> Tensor:
-    """The entries in [tokens, n] slots, in float32; -1 gives some entry of the pool."""
-    layout, slot = format_of(cache), slots.clamp(min=0)
-    if layout is None:
-        rows = cache.view(-1, cache.shape[2]).index_select(0, slot.flatten())
-        return rows.float().view(*slots.shape, -1)
-    data, scales = views(cache, layout)
-    block, row = slot // cache.shape[1], slot % cache.shape[1]
-    return dequantised(data[block, row], scales[block, row], layout)
 
 
 def attend(
@@ -192,41 +143,11 @@ def at(values: Tensor | None, tokens: slice) -> Tensor | None:
     return None if values is None else values[tokens]
 
 
-def score(out: Tensor, q: Tensor, weights: Tensor, k_cache: Tensor, blocks: Tensor, counts: Tensor) -> None:
-    """Write the scores of tokens of one sequence; -inf from a token's count on.
-
-    Args:
-        out: [tokens, n] float32, n at least the largest count.
-        q: [tokens, heads, head_dim] float32.
-        weights: [tokens, 1, heads] float32, scales included.
-        k_cache: The pool.
-        blocks: The sequence's row of the block table.
-        counts: [tokens], how many entries each token sees, ascending.
-    """
-    (tokens, heads, dim), block_size, last = q.shape, k_cache.shape[1], int(counts[-1])
-    blocks = pad(blocks, (0, max(0, -(-last // block_size) - blocks.shape[0])), value=-1)
-    step = block_size * max(1, PIECE // (4 * max(tokens * heads, dim) * block_size))
-    query = q.flatten(0, 1)
-    if k_cache.dtype == torch.uint8 and k_cache.shape[2] == 68:
-        query = torch.cat((query[:, 0::2], query[:, 1::2]), dim=-1)  # as the keys are dequantised
-    for low in range(0, last, step):
-        high = min(low + step, last)
-        some = blocks[low // block_size : -(-high // block_size)]
-        keys = entries_of_blocks(k_cache, some)
-        if (some < 0).any():
-            keys.unflatten(0, (-1, block_size))[some < 0] = 0.0
-        dots = torch.mm(query, keys[: high - low].T).relu_().view(tokens, heads, -1)
-        out[:, low:high] = torch.bmm(weights, dots)[:, 0]
-    first = int(counts[0])
-    hidden = torch.arange(first, out.shape[1]) >= counts[:, None]
-    out[:, first:].masked_fill_(hidden, -torch.inf)
-
-
 def keys_refused(q: Tensor, k_cache: Tensor, max_entries: int) -> WhyNot:
     if max_entries < RANKED // 8:
         return f"max_entries={max_entries}; the reference takes no longer below {RANKED // 8}"
-    if k_cache.numel() and k_cache.shape[1] * entry_dim(k_cache) * 4 > 4 * PIECE:
-        return f"block_size={k_cache.shape[1]}; a page of keys must fit in {4 * PIECE} bytes as float32"
+    if k_cache.numel() and k_cache.shape[1] * entry_dim(k_cache) * 4 > PAGE:
+        return f"block_size={k_cache.shape[1]}; a page of keys must fit in {PAGE} bytes as float32"
     return pools_refused(q, k_cache)
 
 
@@ -274,27 +195,6 @@ def indexer_score(
 def counts_of(tokens: slice, shift: int, ratio: int) -> Tensor:
     """How many entries each token sees; its position is its number plus `shift`."""
     return (torch.arange(tokens.start, tokens.stop) + (shift + 1)).div(ratio, rounding_mode="floor")
-
-
-def largest(scores: Tensor, counts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row, by (-score, column), -1 behind the row's count; and how many there are.
-
-    `scores` has -inf from a row's count on; it is written to.
-    """
-    width = min(k, scores.shape[1])
-    scores = scores.nan_to_num_(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    values, chosen = scores.topk(width, dim=1)
-    least = values[:, -1:]
-    if ((scores >= least).sum(1) > width).any():
-        # topk takes any of equal scores: take those above the least, then the lowest columns of those equal to it.
-        above, equal = scores > least, scores == least
-        wanted = width - above.sum(1, keepdim=True)
-        chosen = (above | (equal & (equal.cumsum(1, dtype=torch.int32) <= wanted))).nonzero()[:, 1].view(-1, width)
-    chosen = chosen.sort(dim=1).values
-    order = scores.gather(1, chosen).argsort(dim=1, descending=True, stable=True)
-    number = counts.clamp(max=width)
-    indices = torch.where(torch.arange(width) < number[:, None], chosen.gather(1, order), -1)
-    return pad(indices, (0, k - width), value=-1).int(), number.int()
 
 
 def selection_refused(

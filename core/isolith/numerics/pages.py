@@ -12,7 +12,6 @@ bytes names the format; its page is the bytes of one block read flat:
 Source: FlashMLA 9241ae3 tests/quant.py (584, 656), DeepGEMM 54e2261 tests/test_attention.py (68, 132).
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -138,6 +137,22 @@ def slots_of_items(block_table: Tensor, sequence: Tensor, items: Tensor, block_s
     return torch.where(known, block * block_size + items % block_size, -1)
 
 
+def check_held(operator: str, name: str, cache: Tensor, block_table: Tensor, sequence: Tensor, items: Tensor) -> None:
+    """Raise ArgumentError where items [N] of a sequence share a slot, as in a ring that is too short; reads values."""
+    slots = slots_of_items(block_table, sequence, items, cache.shape[1])
+    known = slots >= 0
+    places = (sequence * cache.shape[0] * cache.shape[1] + slots)[known]
+    order = places.argsort()
+    shared = places[order[1:]] == places[order[:-1]]
+    if bool(shared.any()):
+        row = int(sequence[known][order[1:][shared]].min())
+        mine = sequence == row
+        raise ArgumentError(
+            f"{operator}: {name} must hold positions {int(items[mine].min())}..{int(items[mine].max())} of sequence "
+            f"{row} at once; got {len(slots[mine & known].unique())} rows."
+        )
+
+
 def views(cache: Tensor, layout: Format) -> tuple[Tensor, Tensor]:
     """(data [blocks, block_size, data_bytes], scales [blocks, block_size, scale_bytes]) of a uint8 pool, as views."""
     block_size = cache.shape[1]
@@ -191,7 +206,7 @@ def read_entries(cache: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
     else:
         data, scales = views(cache, layout)
         values = dequantise(data[block, row], scales[block, row], layout, dtype)
-    return torch.where((slots >= 0)[..., None], values, torch.zeros((), dtype=dtype, device=cache.device))
+    return torch.where((slots >= 0)[..., None], values, torch.zeros((), dtype=dtype, device=cache.device)).contiguous()
 
 
 def dequantise(data: Tensor, scales: Tensor, layout: Format, dtype: torch.dtype) -> Tensor:
@@ -207,10 +222,3 @@ def dequantise(data: Tensor, scales: Tensor, layout: Format, dtype: torch.dtype)
         rope = data[..., layout.data_bytes - 2 * ROPE :].contiguous().view(torch.bfloat16)
         parts.append(rope.to(dtype))
     return torch.cat(parts, dim=-1)
-
-
-def sequence_slots(block_table: Tensor, counts: Tensor, block_size: int) -> Iterator[Tensor]:
-    """For each sequence, the slots of its items 0..counts[b]-1."""
-    for row, count in enumerate(counts.tolist()):
-        items = torch.arange(count, device=block_table.device)
-        yield slots_of_items(block_table, torch.tensor(row, device=block_table.device), items, block_size)

@@ -25,11 +25,19 @@ def positions_of_tokens(cu_seqlens: Tensor, start_pos: Tensor, tokens: int) -> t
     return sequence, start_pos.long()[sequence] + token - cu_seqlens.long()[sequence]
 
 
+def items_of_spans(first: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """(sequence, item) of the items first[b] .. end[b]-1 of every sequence, one sequence after the other."""
+    counts = (end - first).clamp(min=0).long()
+    sequence = torch.arange(len(counts), device=first.device).repeat_interleave(counts)
+    offset = torch.arange(len(sequence), device=first.device) - (counts.cumsum(0) - counts)[sequence]
+    return sequence, first.long()[sequence] + offset
+
+
 def check_cu_seqlens(operator: str, cu_seqlens: Tensor, tokens: int) -> None:
     """Raise ArgumentError unless cu_seqlens starts at 0, never decreases and ends at `tokens`; reads values."""
     values = cu_seqlens.tolist()
-    if values[0] != 0:
-        raise ArgumentError(f"{operator}: cu_seqlens must start at 0; got {values[0]}.")
+    if not values or values[0] != 0:
+        raise ArgumentError(f"{operator}: cu_seqlens must start at 0; got {values[0] if values else 'no element'}.")
     for row, (low, high) in enumerate(pairwise(values)):
         if high < low:
             raise ArgumentError(f"{operator}: cu_seqlens must not decrease; got {low}, {high} at {row}.")

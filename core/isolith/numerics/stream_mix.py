@@ -2,17 +2,13 @@
 
     z = (fn v) / sqrt(mean(v^2) + norm_eps),  v = the streams of a token, flattened stream after stream
 
-Source: DeepGEMM 54e2261 csrc/apis/hyperconnection.hpp, tf32_hc_prenorm_gemm, which splits the sums and multiplies TF32.
+Source: DeepGEMM 54e2261 csrc/apis/hyperconnection.hpp, tf32_hc_prenorm_gemm, which multiplies in TF32.
 """
-
-import functools
 
 import torch
 from torch import Tensor
 
 from isolith.dtypes import widen
-
-BLOCK = 16  # as deep as the products of one matrix instruction
 
 
 def normalised_first(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
@@ -22,14 +18,13 @@ def normalised_first(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
     return normed @ fn.to(flat.dtype).T
 
 
-def summed_in_blocks(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
-    """Add up products and squares block after block, in one running sum each."""
+def sum_in_order(streams: Tensor, fn: Tensor, norm_eps: float) -> Tensor:
+    """Add up products and squares one after the other, in one running sum each."""
     flat = streams.to(widen(streams.dtype)).flatten(1)
-    parts, weights = flat.split(BLOCK, -1), fn.to(flat.dtype).split(BLOCK, -1)
-    product: Tensor = functools.reduce(
-        torch.add, (part @ weight.T for part, weight in zip(parts, weights, strict=True))
-    )
-    squares: Tensor = functools.reduce(torch.add, (part.square().sum(-1, keepdim=True) for part in parts))
+    product, squares = flat.new_zeros(flat.shape[0], fn.shape[0]), flat.new_zeros(flat.shape[0], 1)
+    for element, weights in zip(flat.split(1, -1), fn.to(flat.dtype).unbind(-1), strict=True):
+        product += element * weights
+        squares += element.square()
     return product * (squares / flat.shape[-1] + norm_eps).rsqrt()
 
 

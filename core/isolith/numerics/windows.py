@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from isolith.errors import ArgumentError
-from isolith.numerics.pages import slots_of_items
+from isolith.numerics.pages import check_held, slots_of_items
+from isolith.numerics.ragged import items_of_spans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +55,16 @@ def sources(
     entries: Entries,
     cu_seqlens: Tensor,
     start_pos: Tensor,
+    state: Tensor,
     block_table: Tensor,
-    block_size: int,
     ratio: int,
     overlap: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Where the rows are that each entry pools, in ascending order: [rows, m], or [rows, 2m] with overlap.
 
     Returns:
         token: The token of this call, or -1.
         slot: The slot of the state, or -1.
-        missing: The position of a row that an earlier call brought and that has no block, or -1.
     """
     windows = 2 if overlap else 1
     sequence = entries.sequence[:, None]
@@ -73,36 +73,52 @@ def sources(
     start = start_pos.long()[sequence]
     exists = entries.emitted[:, None] & (position >= 0)
     token = torch.where(exists & (position >= start), cu_seqlens.long()[sequence] + position - start, -1)
-    earlier = exists & (position < start)
-    slot = slots_of_items(block_table, sequence, torch.where(earlier, position, -1), block_size)
-    return token, slot, torch.where(earlier & (slot < 0), position, -1)
+    earlier = torch.where(exists & (position < start), position, -1)
+    return token, slots_of_items(block_table, sequence, earlier, state.shape[1])
 
 
-def check_windows(operator: str, entries: Entries, missing: Tensor, ratio: int, length: int) -> None:
-    """Raise ArgumentError for an entry beyond the rotary tables and for rows without a block; reads values."""
-    last = int(entries.window.max()) * ratio if entries.window.numel() else -1
+def check_windows(
+    operator: str,
+    state: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    start_pos: Tensor,
+    ratio: int,
+    overlap: bool,
+    length: int,
+) -> None:
+    """Raise ArgumentError for an entry beyond the `length` rows of the rotary tables, and for rows of earlier calls
+    that are read but have no slot of their own; reads values.
+    """
+    first, behind = start_pos // ratio, (start_pos + cu_seqlens.diff()) // ratio
+    emits = behind > first
+    # Rows that no entry fills are rotated at position 0.
+    last = int(torch.where(emits, behind - 1, 0).max()) * ratio if int(cu_seqlens[-1]) else -1
     if last >= length:
         raise ArgumentError(f"{operator}: cos_table must reach position ratio*w = {last}; got {length} rows.")
-    lost = (missing >= 0).nonzero()
+    oldest = ((first - int(overlap)) * ratio).clamp(min=0)
+    sequence, position = items_of_spans(torch.where(emits, oldest, start_pos), start_pos)
+    lost = (slots_of_items(block_table, sequence, position, state.shape[1]) < 0).nonzero()
     if len(lost):
-        row, column = lost[0].tolist()
         raise ArgumentError(
             f"{operator}: state_block_table must have a block for every row that is read; got none for "
-            f"position {int(missing[row, column])} of sequence {int(entries.sequence[row])}."
+            f"position {int(position[lost[0]])} of sequence {int(sequence[lost[0]])}."
         )
+    check_held(operator, "state_cache", state, block_table, sequence, position)
 
 
-def write_rows(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
-    """Write every row that has a slot (-1 = none), in order: of several with one slot the last one stays."""
+def write_rows(state: Tensor, block_table: Tensor, sequence: Tensor, position: Tensor, rows: Tensor) -> None:
+    """Write the row of every token that has a slot, in order: of several with one slot the last one stays."""
+    slots = slots_of_items(block_table, sequence, position, state.shape[1])
     order = slots.argsort(stable=True)
     sorted_slots = slots[order]
     follower = torch.cat((sorted_slots[1:], slots.new_full((1,), -1)))[: len(slots)]
     kept = order[(sorted_slots >= 0) & (sorted_slots != follower)]
-    cache[slots[kept] // cache.shape[1], slots[kept] % cache.shape[1]] = rows[kept].to(cache.dtype)
+    state[slots[kept] // state.shape[1], slots[kept] % state.shape[1]] = rows[kept].to(state.dtype)
 
 
-def live_rows(block_table: Tensor, lengths: Tensor, ratio: int, overlap: bool, cache: Tensor) -> Tensor:
-    """[blocks, block_size] bool: the rows of `cache` that a later call may read, once `lengths` tokens have been seen.
+def live_rows(state: Tensor, block_table: Tensor, lengths: Tensor, ratio: int, overlap: bool) -> Tensor:
+    """[blocks, block_size] bool: the rows that a later call may read, once `lengths` tokens have been seen.
 
     They are those of positions m*(floor(L/m) - 1) .. L-1 with overlap, m*floor(L/m) .. L-1 without.
     """
@@ -112,26 +128,8 @@ def live_rows(block_table: Tensor, lengths: Tensor, ratio: int, overlap: bool, c
     position = (length // ratio - (windows - 1)) * ratio + offset
     sequence = torch.arange(len(lengths), device=lengths.device)[:, None]
     position = torch.where(position < length, position, -1)
-    slot = slots_of_items(block_table, sequence, position, cache.shape[1])
+    slot = slots_of_items(block_table, sequence, position, state.shape[1])
     # One place more than the pool has takes what has no slot.
-    live = torch.zeros(cache.shape[0] * cache.shape[1] + 1, dtype=torch.bool, device=cache.device)
+    live = torch.zeros(state.shape[0] * state.shape[1] + 1, dtype=torch.bool, device=state.device)
     live[slot.flatten()] = True
-    return live[:-1].reshape(cache.shape[:2])
-
-
-def check_window_rows(
-    operator: str, block_table: Tensor, cu_seqlens: Tensor, start_pos: Tensor, window: int, block_size: int
-) -> None:
-    """Raise ArgumentError for a ring that is shorter than window + tokens - 1 rows; reads values."""
-    ends = (start_pos + cu_seqlens.diff()).tolist()
-    for sequence, (start, end) in enumerate(zip(start_pos.tolist(), ends, strict=True)):
-        # Only the windows of this call count: those of an idle sequence may be gone.
-        first = max(0, start - window + 1) if end > start else end
-        position = torch.arange(first, end, device=block_table.device)
-        slot = slots_of_items(block_table, start_pos.new_tensor(sequence), position, block_size)
-        rows = len(slot[slot >= 0].unique())
-        if rows < int((slot >= 0).sum()):
-            raise ArgumentError(
-                f"{operator}: window_cache must hold positions {first}..{end - 1} of sequence {sequence} at once; "
-                f"got {rows} rows."
-            )
+    return live[:-1].reshape(state.shape[:2])

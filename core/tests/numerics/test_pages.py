@@ -108,8 +108,8 @@ def test_negative_slot_reads_zeros_out_of_nan(entry):
 
 def test_rows_are_rounded_to_the_pool():
     cache = torch.zeros(2, 2, 3, dtype=torch.bfloat16)
-    pages.write_rows(cache, torch.tensor([-1, 3]), torch.full((2, 3), 1.00390625 + 2**-20))
-    assert cache.tolist() == [[[0.0] * 3] * 2, [[0.0] * 3, [1.0078125] * 3]]
+    pages.write_rows(cache, torch.tensor([-1, 2]), torch.full((2, 3), 1.00390625 + 2**-20))
+    assert cache.tolist() == [[[0.0] * 3] * 2, [[1.0078125] * 3, [0.0] * 3]]
 
 
 @pytest.mark.parametrize(
@@ -132,10 +132,29 @@ def test_no_item_has_a_slot_in_an_empty_table():
     assert pages.slots_of_items(table, torch.tensor([0, 1]), torch.tensor([0, 5]), 4).tolist() == [-1, -1]
 
 
-def test_slots_of_sequences_come_row_by_row():
-    table = torch.tensor([[2, 0], [1, -1]], dtype=torch.int32)
-    slots = pages.sequence_slots(table, torch.tensor([3, 2]), 2)
-    assert [part.tolist() for part in slots] == [[4, 5, 0], [2, 3]]
+def held(table, items, sequence=0):
+    table, items = torch.tensor([[-1] * len(table), table]), torch.tensor(items, dtype=torch.int64)
+    pages.check_held("op", "cache", torch.zeros(4, 3, 8), table, torch.full_like(items, sequence), items)
+
+
+@pytest.mark.parametrize("items", [[0, 1, 2], [2, 3, 4], [1, 2, 3], [0, 9], []], ids=str)
+def test_items_that_lie_apart_are_held(items):
+    held([2, 2, 2], items, 1)
+
+
+@pytest.mark.parametrize("items", [[0, 3], [2, 3, 4, 5], [4, 1]], ids=str)
+def test_items_that_share_a_slot_are_refused(items):
+    with pytest.raises(ArgumentError, match=f"op: cache must hold positions {min(items)}..{max(items)} of sequence 1"):
+        held([2, 2, 2], items, 1)
+
+
+def test_equal_slots_of_two_sequences_are_no_matter():
+    table, items = torch.tensor([[1], [1]]), torch.tensor([2, 2])
+    pages.check_held("op", "cache", torch.zeros(4, 3, 8), table, torch.tensor([0, 1]), items)
+
+
+def test_items_without_a_block_share_nothing():
+    held([-1, -1], [0, 3], 1)
 
 
 def test_page_of_a_single_entry_may_have_any_inner_stride():

@@ -72,6 +72,8 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield ErrorSample("negative_width", positions=positions, ratio=4, max_entries=-1, says=says)
     says = "compress_indices: max_entries must be at least the 2 entries that are seen; got 1."
     yield ErrorSample("too_narrow", positions=positions, ratio=4, max_entries=1, says=says)
+    says = "compress_indices: positions must be int32 or int64; got float32."
+    yield ErrorSample("float_positions", positions=positions.float(), ratio=4, max_entries=2, says=says)
     says = "compress_indices: positions must not be negative; got -1."
     yield ErrorSample("negative", positions=positions - 1, ratio=4, max_entries=2, says=says)
 

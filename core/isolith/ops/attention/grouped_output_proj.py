@@ -31,7 +31,7 @@ from isolith.numerics.scaled_matmul import (
     resolve_act_quant,
 )
 from isolith.operator import Cost, Operator
-from isolith.ops.quant.quant_linear import made_weight, quantised, sixteen_at_a_time
+from isolith.ops.quant.quant_linear import made_weight, quantised, sum_in_order
 from isolith.ops.quant.quant_linear import reference as quant_linear
 from isolith.sample import ErrorSample, Make, Sample
 
@@ -49,13 +49,26 @@ def reference(
     block_n: int = 128,
     block_k: int = 128,
 ) -> Tensor:
+    u = first_step(x, wo_a, wo_a_scale, act_quant_a, act_group, scale_format, block_n, block_k).to(x.dtype)
+    rules = (act_group, scale_format, block_n, block_k, dtype_name(x.dtype))
+    return quant_linear(u.flatten(1), wo_b, wo_b_scale, None, act_quant_b, *rules)
+
+
+def first_step(
+    x: Tensor,
+    wo_a: Tensor,
+    wo_a_scale: Tensor | None,
+    act_quant_a: str,
+    act_group: int,
+    scale_format: str,
+    block_n: int,
+    block_k: int,
+) -> Tensor:
+    """u [tokens, groups, rank], widened."""
     o, wide = grouped(x, wo_a), widen(x.dtype)
     codes, scale = quantised(o, resolve_act_quant(act_quant_a, wo_a), act_group, scale_format)
     values = dequantise_activation(codes, scale, act_group, wide)
-    u = torch.einsum("tak,ark->tar", values, dequantise_weight(wo_a, wo_a_scale, block_n, block_k, wide))
-    u = u.to(x.dtype).flatten(1)
-    rules = (act_group, scale_format, block_n, block_k, dtype_name(x.dtype))
-    return quant_linear(u, wo_b, wo_b_scale, None, act_quant_b, *rules)
+    return torch.einsum("tak,ark->tar", values, dequantise_weight(wo_a, wo_a_scale, block_n, block_k, wide))
 
 
 def grouped(x: Tensor, wo_a: Tensor) -> Tensor:
@@ -78,10 +91,7 @@ def wide_between(
     block_k: int = 128,
 ) -> Tensor:
     """u in float32, as where both steps are one kernel."""
-    o, wide = grouped(x, wo_a), widen(x.dtype)
-    codes, scale = quantised(o, resolve_act_quant(act_quant_a, wo_a), act_group, scale_format)
-    values = dequantise_activation(codes, scale, act_group, wide)
-    u = torch.einsum("tak,ark->tar", values, dequantise_weight(wo_a, wo_a_scale, block_n, block_k, wide))
+    u = first_step(x, wo_a, wo_a_scale, act_quant_a, act_group, scale_format, block_n, block_k)
     rules = (act_group, scale_format, block_n, block_k, dtype_name(x.dtype))
     return quant_linear(u.flatten(1), wo_b, wo_b_scale, None, act_quant_b, *rules)
 
@@ -104,8 +114,8 @@ def group_by_group(
     rules = (act_group, scale_format, block_n, block_k, dtype_name(x.dtype))
     for group in range(wo_a.shape[0]):
         scale = None if wo_a_scale is None else wo_a_scale[group]
-        steps.append(sixteen_at_a_time(o[:, group], wo_a[group], scale, None, act_quant_a, *rules))
-    return sixteen_at_a_time(torch.cat(steps, dim=-1), wo_b, wo_b_scale, None, act_quant_b, *rules)
+        steps.append(sum_in_order(o[:, group], wo_a[group], scale, None, act_quant_a, *rules))
+    return sum_in_order(torch.cat(steps, dim=-1), wo_b, wo_b_scale, None, act_quant_b, *rules)
 
 
 def fake(
@@ -172,11 +182,13 @@ def cost(
     )
 
 
-def made_weights(make: Make, kinds: str, groups: int, rank: int, inner: int, hidden: int) -> dict[str, Tensor]:
+def made_weights(
+    make: Make, kinds: str, groups: int, rank: int, inner: int, hidden: int, block: int = 128
+) -> dict[str, Tensor]:
     """wo_a and wo_b of two kinds, "fp8 fp4" for example, with the scales that they need."""
     kind_a, kind_b = kinds.split()
-    wo_a = [made_weight(make, kind_a, rank, inner) for _ in range(groups)]
-    wo_b = made_weight(make, kind_b, hidden, groups * rank)
+    wo_a = [made_weight(make, kind_a, rank, inner, block, block) for _ in range(groups)]
+    wo_b = made_weight(make, kind_b, hidden, groups * rank, block, block)
     weights = {"wo_a": torch.stack([part["weight"] for part in wo_a]), "wo_b": wo_b["weight"]}
     if "weight_scale" in wo_a[0]:
         weights["wo_a_scale"] = torch.stack([part["weight_scale"] for part in wo_a])
@@ -200,6 +212,10 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("groups_of_all_sizes", x=x, **made_weights(make, "int8 float", 2, 32, 64, 24), act_quant_a="auto")
     # A rank that no block divides.
     yield Sample("one_group", x=make.normal(2, 3, 40), **made_weights(make, "float fp8", 1, 72, 120, 56))
+    weights = made_weights(make, "fp8 fp8", 2, 64, 96, 40, block=32)
+    yield Sample("blocks_of_32", x=make.normal(3, 4, 48), **weights, block_n=32, block_k=32)
+    x = make.normal(4, 3, 64).transpose(0, 1)
+    yield Sample("permuted_axes", x=x, **made_weights(make, "float fp8", 2, 128, 128, 48))
     yield Sample("no_tokens", x=make.normal(0, 4, 64), **made_weights(make, "fp8 fp8", 2, 128, 128, 48))
     # One head of each group picked out, and one of its elements: any other order of heads shows.
     wo_a = make.tensor([[[0.0] * 6 + [1.0, 0.0]], [[0.0] * 5 + [2.0, 0.0, 0.0]]])

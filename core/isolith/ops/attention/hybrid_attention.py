@@ -26,9 +26,9 @@ from torch import Tensor
 from isolith.dtypes import FLOAT, INT32, INTEGER, PACKED, WIDE, widen
 from isolith.errors import ArgumentError
 from isolith.numerics.byte_pools import byte_pool
-from isolith.numerics.pages import check_block_table, check_cache, entry_dim, sequence_slots, slots_of_items
-from isolith.numerics.ragged import check_cu_seqlens, check_start_pos, positions_of_tokens
-from isolith.numerics.windows import check_window_rows
+from isolith.numerics.paged_samples import pool_of_items
+from isolith.numerics.pages import check_block_table, check_cache, check_held, entry_dim, slots_of_items
+from isolith.numerics.ragged import check_cu_seqlens, check_start_pos, items_of_spans, positions_of_tokens
 from isolith.operator import Cost, Operator
 from isolith.ops.attention.compress_indices import compress_indices
 from isolith.ops.attention.sparse_attn import online, rounded_halves, sparse_attn
@@ -200,12 +200,15 @@ def check_values(
     check_cu_seqlens("hybrid_attention", cu_seqlens, q.shape[0])
     check_start_pos("hybrid_attention", start_pos)
     check_block_table("hybrid_attention", "window_block_table", window_block_table, window_cache)
-    check_window_rows("hybrid_attention", window_block_table, cu_seqlens, start_pos, window, window_cache.shape[1])
+    # A sequence without tokens in this call looks at nothing: its rows and entries may be gone.
+    end = torch.where(cu_seqlens.diff() > 0, start_pos + cu_seqlens.diff(), 0)
+    sequence, position = items_of_spans((start_pos - window + 1).clamp(min=0), end)
+    check_held("hybrid_attention", "window_cache", window_cache, window_block_table, sequence, position)
     if compressed_cache is None or compressed_block_table is None:
         return
     check_block_table("hybrid_attention", "compressed_block_table", compressed_block_table, compressed_cache)
     room = compressed_block_table.shape[1] * compressed_cache.shape[1]
-    most = max(((start_pos + cu_seqlens.diff()) // ratio).tolist(), default=0)
+    most = max((end // ratio).tolist(), default=0)
     if topk_indices is None and most > room:
         raise ArgumentError(
             f"hybrid_attention: compressed_block_table must have room for all {most} entries seen; got {room}."
@@ -261,18 +264,12 @@ def arguments(
     """A call whose pools hold values in the rows that a token may see and NaN elsewhere; k > 0 lists entries (CSA)."""
     cu_seqlens, start_pos = make.batch(tokens, start)
     starts = start or [0] * len(tokens)
-    ends = [s + t for s, t in zip(starts, tokens, strict=True)]
-    pages = make.pages([ring or end for end in ends], ring or 4)
-    table = pages.block_table.repeat(1, max(ends, default=0) // ring + 1) if ring else pages.block_table
-    window_cache = make.full(torch.nan, pages.blocks, pages.block_size, dim)
-    for row, (first, end) in enumerate(zip(starts, ends, strict=True)):
-        items = torch.arange(max(0, first - window + 1), end)
-        slots = slots_of_items(table.cpu(), torch.tensor(row), items, pages.block_size).to(make.device)
-        window_cache[slots // pages.block_size, slots % pages.block_size] = make.normal(len(items), dim)
+    seen = [range(max(0, s - window + 1), s + t) for s, t in zip(starts, tokens, strict=True)]
+    window_cache, window_block_table = pool_of_items(make, seen, 4, dim, ring)
     call: dict[str, Any] = {
         "q": make.normal(sum(tokens), heads, dim),
         "window_cache": window_cache,
-        "window_block_table": table,
+        "window_block_table": window_block_table,
         "cu_seqlens": cu_seqlens,
         "start_pos": start_pos,
         "window": window,
@@ -281,21 +278,14 @@ def arguments(
         "ratio": ratio,
     }
     if ratio:
-        call |= compressed(make, [end // ratio for end in ends], dim)
+        entries = [range(positions.stop // ratio) for positions in seen]
+        call["compressed_cache"], call["compressed_block_table"] = pool_of_items(make, entries, 3, dim)
     if k:
         # -1, what is not yet visible, and what lies behind the table, among the visible entries in any order.
-        ranks = torch.stack([make.permutation(max(k, max(ends) // ratio + 3))[:k] - 1 for _ in range(sum(tokens))])
+        most = max(k, max(positions.stop for positions in seen) // ratio + 3)
+        ranks = torch.stack([make.permutation(most)[:k] - 1 for _ in range(sum(tokens))])
         call["topk_indices"] = make.place(ranks, torch.int32)
     return call
-
-
-def compressed(make: Make, entries: Sequence[int], dim: int) -> dict[str, Tensor]:
-    """A pool of so many entries per sequence, NaN behind them."""
-    pages = make.pages(entries, 3)
-    cache = make.full(torch.nan, pages.blocks, pages.block_size, dim)
-    for slots in sequence_slots(pages.block_table, make.tensor(entries, torch.int64), pages.block_size):
-        cache[slots // pages.block_size, slots % pages.block_size] = make.normal(len(slots), dim)
-    return {"compressed_cache": cache, "compressed_block_table": pages.block_table}
 
 
 CALLS: dict[str, dict[str, Any]] = {  # Any: options of `arguments`
@@ -330,8 +320,13 @@ def samples(make: Make) -> Iterator[Sample]:
     call["window_cache"][slots // 4, slots % 4] = 4 * call["q"][0, :2]
     yield Sample("dominant_keys_at_the_edge", **call)
     call = arguments(make, [4], [9], 4)
+    call["window_block_table"][0, 2] = -1
     lost = {"compressed_block_table": call["compressed_block_table"].clamp(max=-1)}
     yield Sample("lost_blocks", **call | lost)
+    # The first sequence has no token in this call, and nothing that it was looking at is left.
+    call = arguments(make, [0, 2], [90, 9], 4)
+    call["window_block_table"][0] = call["window_block_table"][0, 0]
+    yield Sample("idle_sequence", **call | {"compressed_block_table": call["compressed_block_table"][:, :1]})
     flash: dict[str, Any] = {"window": 128, "heads": 64, "dim": 512}
     yield Sample("flash_swa", "model", **arguments(make, [1, 2], [300, 5], **flash, ring=129))
     yield Sample("flash_csa", "model", **arguments(make, [1, 1], [2303, 90], 4, k=512, **flash))
@@ -354,6 +349,8 @@ def errors(make: Make) -> Iterator[ErrorSample]:
         "no_table", call | {"compressed_block_table": None}, "ratio = 4 needs compressed_block_table; got None."
     )
     yield wrong("ratio_0", call | {"ratio": 0}, "compressed_cache needs a ratio of at least 1; got 0.")
+    lists = {"topk_indices": call["topk_indices"]}
+    yield wrong("list_without_ratio", plain | lists, "topk_indices needs a ratio of at least 1; got 0.")
     lengths = {"topk_length": make.integers(0, 3, 4)}
     yield wrong("length_alone", call | lengths | {"topk_indices": None}, "topk_length needs topk_indices; got None.")
     says = "compressed_cache must have entries of head_dim = 16; got 15."

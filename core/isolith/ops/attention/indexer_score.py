@@ -4,7 +4,8 @@
     scores[t, s] = -inf                                                                      else
 
 p is the position of token t in its sequence, k[s] entry s of that sequence; a weight may be negative. Keys are read
-where the block table says and only as far as they are visible: what lies in other entries, NaN too, does not matter.
+where the block table says and only as far as they are visible: what lies in other entries, NaN too, does not matter. A
+visible entry without a block is a key of zeros.
 q is float; or e4m3 with one q_scale per head; or packed e2m1 with a q_scale per 32 elements. Keys are float, or
 quantised entries of 132 or 68 bytes, dequantised before the product. Products and the sum over heads in float32,
 rounded once to out_dtype. A float64 q or out_dtype is computed in float64. ratio 1 is DeepSeek-V3.2: plain causality.
@@ -14,15 +15,14 @@ Indexer; DeepGEMM 54e2261 tests/test_attention.py (fp8_fp4_mqa_logits).
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from isolith.dtypes import E4M3, FLOAT, FLOAT_NAMES, INT32, PACKED, SCALE, listed
 from isolith.errors import ArgumentError
-from isolith.numerics.byte_pools import byte_pool
 from isolith.numerics.codes import decode
+from isolith.numerics.indexer_samples import batch_of_scores, errors_of_indexer, quantised_kinds
 from isolith.numerics.pages import check_block_table, check_cache, entry_dim, read_entries, slots_of_items
 from isolith.numerics.ragged import check_cu_seqlens, check_start_pos, positions_of_tokens
 from isolith.operator import Cost, Operator
@@ -59,8 +59,8 @@ def dequantised(q: Tensor, q_scale: Tensor | None, dtype: torch.dtype) -> Tensor
     values = decode(q, dtype)
     if q_scale is None:
         return values
-    groups = q_scale.to(dtype).reshape(*q.shape[:2], -1, 1)
-    scaled: Tensor = values.unflatten(-1, (groups.shape[2], -1)) * groups
+    groups = 1 if q_scale.dim() == 2 else q_scale.shape[2]
+    scaled: Tensor = values.unflatten(-1, (groups, -1)) * q_scale.to(dtype).view(*q.shape[:2], groups, 1)
     return scaled.flatten(-2)
 
 
@@ -183,8 +183,6 @@ def check_indexer(
     if q.dtype == torch.uint8 and dim % 32:
         raise ArgumentError(f"{operator}: head_dim of a packed q must be a multiple of 32; got {dim}.")
     given = None if q_scale is None else tuple(q_scale.shape)
-    if q.dtype == torch.float64 and given == q.shape[:2]:
-        return  # gold of an e4m3 q: its codes, widened
     if given != wanted:
         raise ArgumentError(
             f"{operator}: q_scale of a {q.dtype} q must be {wanted}; got {given}.".replace("torch.", "")
@@ -247,58 +245,21 @@ def cost(
     return Cost(
         # The dot products. Weighting and summing heads runs beside them in float32; published counts leave it out.
         flops=2 * q.shape[0] * max_entries * q.shape[1] * entry_dim(k_cache),
-        bytes_read=q.nbytes + weights.nbytes + keys * k_cache.shape[2] * k_cache.itemsize,
+        bytes_read=bytes_of_queries(q, weights, q_scale) + keys * k_cache.shape[2] * k_cache.itemsize,
         bytes_written=q.shape[0] * max_entries * FLOAT_NAMES[out_dtype].itemsize,
         math=math_of_scores(q),
     )
+
+
+def bytes_of_queries(q: Tensor, weights: Tensor, q_scale: Tensor | None) -> int:
+    """The bytes of what every token brings."""
+    return q.nbytes + weights.nbytes + (0 if q_scale is None else q_scale.nbytes)
 
 
 def math_of_scores(q: Tensor) -> str:
     """The format of the products."""
     formats = {torch.uint8: "float4", torch.float8_e4m3fn: "float8", torch.float32: "float32", torch.float64: "float32"}
     return formats.get(q.dtype, "bfloat16")
-
-
-def batch_of_scores(
-    make: Make, tokens: list[int], start: list[int], ratio: int, heads: int, dim: int, block_size: int
-) -> dict[str, Any]:  # Any: arguments
-    """Arguments for a ragged batch of which nothing but visible entries may be read: the others are NaN."""
-    ends = [(first + count) // ratio for first, count in zip(start, tokens, strict=True)]
-    pages = make.pages(ends, block_size)
-    k_cache = make.full(torch.nan, pages.blocks, block_size, dim)
-    for row, end in enumerate(ends):
-        entry = torch.arange(end, device=make.device)
-        block = pages.block_table[row].long()[entry // block_size]
-        k_cache[block, entry % block_size] = make.normal(end, dim)
-    cu_seqlens, start_pos = make.batch(tokens, start)
-    return {
-        "q": make.normal(sum(tokens), heads, dim),
-        "weights": make.normal(sum(tokens), heads),  # half of them negative
-        "k_cache": k_cache,
-        "block_table": pages.block_table,
-        "cu_seqlens": cu_seqlens,
-        "start_pos": start_pos,
-        "ratio": ratio,
-        "max_entries": max(ends, default=0),
-        "softmax_scale": (dim * heads) ** -0.5,
-    }
-
-
-def quantised_kinds(make: Make, call: dict[str, Any], block_size: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The call with q and keys in every quantised form, scales spread over 2^-6..2^6."""
-    tokens, heads, dim = call["q"].shape
-    blocks = int(call["k_cache"].shape[0])
-    bytes_132, bytes_68 = (byte_pool(make, entry, blocks, block_size, spread=6) for entry in (132, 68))
-    exponents = make.integers(-6, 7, tokens, heads, dim // 32, dtype=torch.float32)
-    codes = make.normal(tokens, heads, dim, dtype=torch.float8_e4m3fn)
-    packed = make.integers(0, 256, tokens, heads, dim // 2, dtype=torch.uint8)
-    e8m0 = exponents.exp2().to(torch.float8_e8m0fnu)
-    scale = make.uniform(tokens, heads, low=0.5, high=2.0, dtype=torch.float32)
-    yield "float_q_132", call | {"k_cache": bytes_132}
-    yield "e4m3_132", call | {"q": codes, "q_scale": scale, "k_cache": bytes_132}
-    yield "e4m3_e8m0_scale", call | {"q": codes, "q_scale": e8m0[..., 0].contiguous()}
-    yield "e2m1_68", call | {"q": packed, "q_scale": e8m0, "k_cache": bytes_68}
-    yield "e2m1_float_scale", call | {"q": packed, "q_scale": exponents.exp2(), "k_cache": bytes_68}
 
 
 def samples(make: Make) -> Iterator[Sample]:
@@ -322,45 +283,20 @@ def samples(make: Make) -> Iterator[Sample]:
     integers = {"q": make.small_integers(3, 8, 32), "weights": make.small_integers(3, 8)}
     integers["k_cache"] = make.small_integers(*exact["k_cache"].shape)
     yield Sample("small_integers", "exact", **exact | integers)
+    lost = batch_of_scores(make, [3], [60], 4, 4, 32, 4)
+    lost["block_table"][0, 1] = -1
+    yield Sample("entries_without_a_block", **lost)
     yield Sample("nothing_visible", **batch_of_scores(make, [3], [0], 4, 4, 32, 8))
-    yield Sample("no_tokens", **batch_of_scores(make, [0, 0], [5, 9], 4, 4, 32, 8))
+    none = batch_of_scores(make, [0, 0], [5, 9], 4, 4, 128, 8)
+    yield Sample("no_tokens", **none)
+    for name, call in quantised_kinds(make, none, 8):
+        yield Sample(f"no_tokens_{name}", **call)
     yield Sample("no_sequences", **batch_of_scores(make, [], [], 4, 4, 32, 8))
 
 
 def errors(make: Make) -> Iterator[ErrorSample]:
     call = batch_of_scores(make, [2, 1], [6, 3], 4, 2, 128, 4)
     yield from errors_of_indexer(make, "indexer_score", call)
-
-
-def errors_of_indexer(make: Make, operator: str, call: dict[str, Any]) -> Iterator[ErrorSample]:  # Any: arguments
-    """Illegal calls of the indexer's scores, and of the composite."""
-    table, bytes_68 = call["block_table"], make.zeros(4, 4, 68, dtype=torch.uint8)
-    packed = {"q": make.integers(0, 256, 3, 2, 64, dtype=torch.uint8), "k_cache": bytes_68}
-    one_scale = make.full(1.0, 3, 2, dtype=torch.float32)
-    illegal: dict[str, tuple[dict[str, Any], str]] = {
-        "ratio_0": ({"ratio": 0}, "ratio must be at least 1; got 0."),
-        "out_dtype": ({"out_dtype": "int8"}, "out_dtype must be bfloat16, float16, float32 or float64; got 'int8'."),
-        "few_entries": ({"max_entries": 1}, "max_entries must be at least the 2 entries that a token sees; got 1."),
-        "negative_entries": ({"max_entries": -1}, "max_entries must not be negative; got -1."),
-        "head_dim": ({"q": make.normal(3, 2, 64)}, "head_dim is 64 in q but 128 in k_cache."),
-        "float_with_scale": ({"q_scale": one_scale}, "q_scale of a float32 q must be None; got (3, 2)."),
-        "packed_without_scale": (packed, "q_scale of a uint8 q must be (3, 2, 4); got None."),
-        "scale_per_head": (packed | {"q_scale": one_scale}, "q_scale of a uint8 q must be (3, 2, 4); got (3, 2)."),
-        "packed_width": (
-            {"q": packed["q"][..., :8], "k_cache": make.normal(4, 4, 16)},
-            "head_dim of a packed q must be a multiple of 32; got 16.",
-        ),
-        "not_for_keys": (
-            {"k_cache": make.zeros(4, 4, 584, dtype=torch.uint8)},
-            "a uint8 k_cache must have entries of 132 or 68 bytes; got 584.",
-        ),
-        "heads": ({"weights": make.normal(3, 3)}, "heads is 2 in q but 3 in weights."),
-        "block": ({"block_table": table + 9}, f"block_table must be below blocks = 3; got {int(table.max()) + 9}."),
-        "start_pos": ({"start_pos": call["start_pos"] - 7}, "start_pos must not be negative; got -4."),
-        "cu_seqlens": ({"cu_seqlens": call["cu_seqlens"] + 1}, "cu_seqlens must start at 0; got 1."),
-    }
-    for name, (change, says) in illegal.items():
-        yield ErrorSample(name, says=f"{operator}: {says}", **call | change)
 
 
 indexer_score = Operator(

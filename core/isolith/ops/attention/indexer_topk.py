@@ -107,11 +107,11 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample(
         "bfloat16_ties", "exact", scores=make.normal(2, 3000, dtype=torch.bfloat16), lengths=lengths(3000, 2999), k=500
     )
-    # Negative and tiny values, by whose bits a radix selection sorts.
+    # Negative and tiny values, by whose bits a radix selection sorts: those above 0 are subnormal.
     small = make.normal(2, 200, std=1e-6)
-    yield Sample(
-        "tiny_of_both_signs", scores=torch.where(small > 0, small * 2.0**-100, small), lengths=lengths(200, 190), k=130
-    )
+    tiny = torch.where(small > 0, small * 2.0**-120, small)
+    yield Sample("tiny_of_both_signs", scores=tiny, lengths=lengths(200, 190), k=130)
+    yield Sample("subnormal", scores=tiny, lengths=lengths(200, 190), k=30)
     yield Sample("all_negative", scores=-make.normal(2, 200).abs(), lengths=lengths(200, 150), k=20)
     # Visible entries of -inf compete after finite ones; the invisible hold NaN and inf.
     holes = make.normal(3, 20)

@@ -21,7 +21,7 @@ from isolith.dtypes import FLOAT, FLOAT_NAMES, INTEGER, PACKED
 from isolith.numerics.codes import check_out_dtype
 from isolith.numerics.pages import FORMATS, check_cache, check_slots, entry_dim, read_entries
 from isolith.operator import Cost, Operator
-from isolith.ops.attention.kv_cache_write import byte_pool, rows_for
+from isolith.ops.attention.kv_cache_write import random_pool, rows_for
 from isolith.ops.attention.kv_cache_write import reference as kv_cache_write
 from isolith.sample import ErrorSample, Make, Sample
 
@@ -60,7 +60,7 @@ def cost(cache: Tensor, slot_mapping: Tensor, out_dtype: str = "bfloat16") -> Co
 
 def written(make: Make, blocks: int, block_size: int, entry: int, scale_format: str = "ue8m0") -> tuple[Tensor, Tensor]:
     """A uint8 pool of NaN scales and codes in which 9 shuffled slots hold rows; and these slots."""
-    cache = byte_pool(make, blocks, block_size, entry, spare=32).fill_(0xFF)
+    cache = random_pool(make, blocks, block_size, entry, spare=32).fill_(0xFF)
     slots = make.permutation(blocks * block_size)[:9].to(torch.int32).to(make.device)
     kv_cache_write(cache, rows_for(make, slots.shape[0], entry), slots, scale_format)
     return cache, slots
@@ -80,6 +80,7 @@ def samples(make: Make) -> Iterator[Sample]:
     for entry in (656, 132):
         cache, slots = written(make, 3, 8, entry, scale_format="float32")
         yield Sample(f"{entry}_bytes_float32_scale", cache=cache, slot_mapping=slots, out_dtype=out)
+    yield Sample("permuted_slots", cache=cache, slot_mapping=slots.view(3, 3).T, out_dtype=out)
     pool = make.normal(3, 9, 512)[:, :8]
     slots = make.tensor([5, -1, 17, 0, 5], torch.int32)
     yield Sample("floats", cache=pool, slot_mapping=slots, out_dtype=out)
@@ -92,9 +93,9 @@ def samples(make: Make) -> Iterator[Sample]:
 
 
 def errors(make: Make) -> Iterator[ErrorSample]:
-    cache, slots = byte_pool(make, 2, 4, 584), make.tensor([0, 5, -1], torch.int32)
+    cache, slots = random_pool(make, 2, 4, 584), make.tensor([0, 5, -1], torch.int32)
     says = "kv_cache_read: a uint8 cache has entries of 584, 656, 132 or 68 bytes; got 576."
-    yield ErrorSample("unknown_format", cache=byte_pool(make, 2, 4, 576), slot_mapping=slots, says=says)
+    yield ErrorSample("unknown_format", cache=random_pool(make, 2, 4, 576), slot_mapping=slots, says=says)
     says = "kv_cache_read: slot_mapping must be below blocks*block_size = 8; got 9."
     yield ErrorSample("slot_beyond_the_pool", cache=cache, slot_mapping=slots + 4, says=says)
     says = "kv_cache_read: out_dtype must be 'bfloat16', 'float16', 'float32' or 'float64'; got 'bf16'."

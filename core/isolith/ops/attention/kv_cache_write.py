@@ -100,7 +100,7 @@ def cost(
     )
 
 
-def byte_pool(make: Make, blocks: int, block_size: int, entry: int, spare: int = 0) -> Tensor:
+def random_pool(make: Make, blocks: int, block_size: int, entry: int, spare: int = 0) -> Tensor:
     """A uint8 pool of random bytes, its pages `spare` bytes apart."""
     pages = make.integers(0, 256, blocks, block_size * entry + spare, dtype=torch.uint8)
     return pages.as_strided((blocks, block_size, entry), (block_size * entry + spare, entry, 1))
@@ -119,7 +119,7 @@ def rows_for(make: Make, count: int, entry: int) -> Tensor:
 def samples(make: Make) -> Iterator[Sample]:
     for entry in FORMATS:
         for block_size in (1, 2, 32, 64):
-            cache = byte_pool(make, max(80 // block_size, 3), block_size, entry, spare=96)
+            cache = random_pool(make, max(80 // block_size, 3), block_size, entry, spare=96)
             slots = make.permutation(cache.shape[0] * block_size)[:9].to(torch.int32).to(make.device)
             slots[4] = -1
             yield Sample(
@@ -127,7 +127,7 @@ def samples(make: Make) -> Iterator[Sample]:
             )
         # The last entry of a page, and the first of the next.
         slots = make.tensor([63, 64, 127, 0], torch.int64)
-        cache = byte_pool(make, 3, 64, entry)
+        cache = random_pool(make, 3, 64, entry)
         yield Sample(f"{entry}_bytes_page_boundary", cache=cache, x=rows_for(make, 4, entry), slot_mapping=slots)
         slots = make.tensor([], torch.int32)
         yield Sample(f"{entry}_bytes_no_rows", cache=cache.clone(), x=rows_for(make, 0, entry), slot_mapping=slots)
@@ -143,34 +143,36 @@ def special_samples(make: Make) -> Iterator[Sample]:
     yield Sample("floats_rounded_to_the_pool", cache=cache, x=make.normal(4, 576), slot_mapping=slots)
     x = make.normal(4, 512)
     x[1] = torch.nan
-    yield Sample("skipped_row_is_nan", cache=byte_pool(make, 3, 8, 584), x=x, slot_mapping=slots)
+    yield Sample("skipped_row_is_nan", cache=random_pool(make, 3, 8, 584), x=x, slot_mapping=slots)
+    x = make.normal(576, 4).T
+    yield Sample("permuted_axes", cache=random_pool(make, 3, 8, 656), x=x, slot_mapping=slots)
     none = make.full(-1, 4, dtype=torch.int32)
-    yield Sample("all_skipped", cache=byte_pool(make, 3, 8, 584), x=make.normal(4, 512), slot_mapping=none)
+    yield Sample("all_skipped", cache=random_pool(make, 3, 8, 584), x=make.normal(4, 512), slot_mapping=none)
     for entry in (656, 132):
         # 1.25 times values of e4m3, amax 560: the scale is 1.25 and every quotient exact, however it is computed.
         codes = make.integers(0, 120, 4, FORMATS[entry].dim, dtype=torch.uint8).view(torch.float8_e4m3fn)
         x = codes.to(torch.float64) * 1.25
         x[:, ::128] = -560.0
-        arguments = {"cache": byte_pool(make, 3, 8, entry), "x": x.to(make.dtype), "slot_mapping": slots}
+        arguments = {"cache": random_pool(make, 3, 8, entry), "x": x.to(make.dtype), "slot_mapping": slots}
         yield Sample(f"{entry}_bytes_float32_scale", **arguments, scale_format="float32")
-        arguments["cache"] = byte_pool(make, 3, 8, entry)
+        arguments["cache"] = random_pool(make, 3, 8, entry)
         yield Sample(f"{entry}_bytes_power_of_two_scale", **arguments)
     tiny = make.normal(4, 512, std=1e-3)
-    yield Sample("584_bytes_tiny", cache=byte_pool(make, 3, 8, 584), x=tiny, slot_mapping=slots)
-    arguments = {"cache": byte_pool(make, 3, 8, 584), "x": tiny, "slot_mapping": slots}
+    yield Sample("584_bytes_tiny", cache=random_pool(make, 3, 8, 584), x=tiny, slot_mapping=slots)
+    arguments = {"cache": random_pool(make, 3, 8, 584), "x": tiny, "slot_mapping": slots}
     yield Sample("584_bytes_floor_of_flashmla", **arguments, amax_floor=448 * 2.0**-13)
-    arguments = {"cache": byte_pool(make, 3, 8, 68), "x": tiny[:, :128].abs(), "slot_mapping": slots}
+    arguments = {"cache": random_pool(make, 3, 8, 68), "x": tiny[:, :128].abs(), "slot_mapping": slots}
     yield Sample("68_bytes_floor", **arguments, amax_floor=1e-2)
 
 
 def errors(make: Make) -> Iterator[ErrorSample]:
     x, slots = make.normal(3, 512), make.tensor([0, 5, -1], torch.int32)
-    good = {"cache": byte_pool(make, 2, 4, 584), "x": x, "slot_mapping": slots}
+    good = {"cache": random_pool(make, 2, 4, 584), "x": x, "slot_mapping": slots}
     sizes = "a uint8 cache has entries of 584, 656, 132 or 68 bytes; got 512."
     choices = "scale_format must be 'ue8m0' or 'float32'; got 'e8m0'."
     no_float32 = "scale_format 'float32' needs entries of 656 or 132 bytes; got 584."
     cases = (
-        ("unknown_format", {"cache": byte_pool(make, 2, 4, 512)}, sizes),
+        ("unknown_format", {"cache": random_pool(make, 2, 4, 512)}, sizes),
         ("x_width", {"x": x[:, :511]}, "an entry of cache must have x's 511 elements; got 512."),
         (
             "float_pool_width",

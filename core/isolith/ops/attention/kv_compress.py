@@ -36,7 +36,8 @@ from torch import Tensor
 from isolith.dtypes import FLOAT, INT32, WIDE, widen
 from isolith.errors import ArgumentError
 from isolith.numerics import windows
-from isolith.numerics.pages import check_block_table, read_entries, slots_of_items
+from isolith.numerics.paged_samples import pages_or_ring
+from isolith.numerics.pages import check_block_table, read_entries
 from isolith.numerics.ragged import check_cu_seqlens, check_start_pos, positions_of_tokens
 from isolith.numerics.rope_tables import rope_frequencies, rope_tables
 from isolith.operator import Cost, Operator
@@ -70,8 +71,7 @@ def reference(
         z = z + ape.to(wide)[position % ratio]
     rows = torch.cat((x.to(wide) @ wkv.to(wide).T, z), dim=-1)
     entries = windows.entries_of_call(cu_seqlens, start_pos, x.shape[0], ratio)
-    block_size = state_cache.shape[1]
-    token, slot, _ = windows.sources(entries, cu_seqlens, start_pos, state_block_table, block_size, ratio, overlap)
+    token, slot = windows.sources(entries, cu_seqlens, start_pos, state_cache, state_block_table, ratio, overlap)
     # Columns of a row: u's first and last half with overlap, u alone without; z's likewise. The tokens of the window
     # before come first, and so do their columns.
     dim, halves = norm_weight.shape[0], 2 if overlap else 1
@@ -80,7 +80,7 @@ def reference(
     parts = [gather(*column, *source) for column, source in zip(columns, sources, strict=True)]
     u, z = torch.cat(parts[:halves], dim=1), torch.cat(parts[halves:], dim=1)
     z = z.masked_fill(((token < 0) & (slot < 0))[..., None], -torch.inf)
-    windows.write_rows(state_cache, slots_of_items(state_block_table, sequence, position, block_size), rows)
+    windows.write_rows(state_cache, state_block_table, sequence, position, rows)
 
     pooled = (z.softmax(dim=1) * u).sum(dim=1).to(x.dtype)
     normed = rms_norm(pooled, norm_weight, eps)
@@ -137,7 +137,7 @@ def defined(
 ) -> tuple[Tensor | None, ...]:
     entries = windows.entries_of_call(cu_seqlens, start_pos, x.shape[0], ratio)
     lengths = start_pos + cu_seqlens.diff()
-    return entries.emitted, None, windows.live_rows(state_block_table, lengths, ratio, overlap, state_cache)
+    return entries.emitted, None, windows.live_rows(state_cache, state_block_table, lengths, ratio, overlap)
 
 
 def fake(
@@ -216,9 +216,8 @@ def check_values(
     check_cu_seqlens("kv_compress", cu_seqlens, x.shape[0])
     check_start_pos("kv_compress", start_pos)
     check_block_table("kv_compress", "state_block_table", state_block_table, state_cache)
-    entries, block_size = windows.entries_of_call(cu_seqlens, start_pos, x.shape[0], ratio), state_cache.shape[1]
-    _, _, missing = windows.sources(entries, cu_seqlens, start_pos, state_block_table, block_size, ratio, overlap)
-    windows.check_windows("kv_compress", entries, missing, ratio, cos_table.shape[0])
+    rows = (state_cache, state_block_table, cu_seqlens, start_pos)
+    windows.check_windows("kv_compress", *rows, ratio, overlap, cos_table.shape[0])
 
 
 def cost(
@@ -269,13 +268,12 @@ def arguments(
     wide, channels = torch.float32, 2 * dim if overlap else dim
     cu_seqlens, start_pos = make.batch(tokens, start)
     ends = [t + s for t, s in zip(tokens, start or [0] * len(tokens), strict=True)]
-    longest = max(ends, default=0)
-    pages = make.pages([ring or end for end in ends], ring or 4)
-    table = pages.block_table.repeat(1, longest // ring + 1) if ring else pages.block_table
+    pages = pages_or_ring(make, ends, 4, ring)
     state = make.full(torch.nan, pages.blocks, pages.block_size, 2 * channels, dtype=wide)
-    live = windows.live_rows(table, start_pos, ratio, overlap, state)
+    live = windows.live_rows(state, pages.block_table, start_pos, ratio, overlap)
     state[live] = make.normal(int(live.sum()), 2 * channels, dtype=wide)
-    cos_table, sin_table = rope_tables(rope_frequencies(2 * min(dim // 4, 32), 160000.0), longest + 1, make.device)
+    length = max(ends, default=0) + 1
+    cos_table, sin_table = rope_tables(rope_frequencies(2 * min(dim // 4, 32), 160000.0), length, make.device)
     return {
         "x": make.normal(sum(tokens), hidden),
         "wkv": make.normal(channels, hidden, std=hidden**-0.5),
@@ -284,7 +282,7 @@ def arguments(
         "cos_table": cos_table,
         "sin_table": sin_table,
         "state_cache": state,
-        "state_block_table": table,
+        "state_block_table": pages.block_table,
         "cu_seqlens": cu_seqlens,
         "start_pos": start_pos,
         "ratio": ratio,
@@ -373,6 +371,8 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield wrong("block_beyond_the_pool", says, state_block_table=call["state_block_table"].clamp(min=6))
     says = "state_block_table must have a block for every row that is read; got none for position 0 of sequence 1."
     yield wrong("needed_row_without_block", says, state_block_table=call["state_block_table"].clamp(max=-1))
+    says = "state_cache must hold positions 0..6 of sequence 1 at once; got 4 rows."
+    yield wrong("ring_of_one_window", says, **arguments(make, [9, 1], [0, 7], ring=4))
     says = "kv_compress: dim must be a power of two with rotate=True; got 12."
     yield ErrorSample("rotate_width", **arguments(make, [9], dim=12, rotate=True), says=says)
 

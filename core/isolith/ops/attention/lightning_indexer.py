@@ -20,17 +20,16 @@ from torch import Tensor
 
 from isolith.dtypes import E4M3, FLOAT, INT32, INTEGER, PACKED, SCALE
 from isolith.errors import ArgumentError
+from isolith.numerics.indexer_samples import batch_of_scores, errors_of_indexer, quantised_kinds
 from isolith.numerics.pages import entry_dim
 from isolith.numerics.ragged import positions_of_tokens
 from isolith.operator import Cost, Operator
 from isolith.ops.attention.indexer_score import (
-    batch_of_scores,
+    bytes_of_queries,
     check_indexer,
     check_indexer_values,
-    errors_of_indexer,
     indexer_score,
     math_of_scores,
-    quantised_kinds,
 )
 from isolith.ops.attention.indexer_score import reference as reference_scores
 from isolith.ops.attention.indexer_topk import indexer_topk
@@ -165,9 +164,10 @@ def cost(
     if candidates is not None:
         competing = min(max_entries, candidates.shape[1] * candidate_block)
     keys = min(start_pos.shape[0] * max_entries, q.shape[0] * competing, k_cache.shape[0] * k_cache.shape[1])
+    lists = 0 if candidates is None else candidates.nbytes
     return Cost(
         flops=2 * q.shape[0] * competing * heads * entry_dim(k_cache),  # the dot products, as indexer_score counts them
-        bytes_read=q.nbytes + weights.nbytes + keys * k_cache.shape[2] * k_cache.itemsize,
+        bytes_read=bytes_of_queries(q, weights, q_scale) + lists + keys * k_cache.shape[2] * k_cache.itemsize,
         bytes_written=q.shape[0] * (k + 1) * 4,
         math=math_of_scores(q),
     )
@@ -198,7 +198,11 @@ def samples(make: Make) -> Iterator[Sample]:
     keys = make.small_integers(*against["k_cache"].shape)
     yield Sample("many_ties", "exact", **against | integers | {"k_cache": keys, "k": 64})
     yield Sample("nothing_visible", **batch_of_scores(make, [3], [0], 4, 4, 32, 8) | {"k": 4})
-    yield Sample("no_tokens", **batch_of_scores(make, [0, 0], [5, 9], 4, 4, 32, 8) | {"k": 4})
+    none = batch_of_scores(make, [0, 0], [5, 9], 4, 4, 128, 8) | {"k": 4}
+    yield Sample("no_tokens", **none)
+    for name, call in quantised_kinds(make, none, 8):
+        yield Sample(f"no_tokens_{name}", **call)
+    yield Sample("no_sequences", **batch_of_scores(make, [], [], 4, 4, 32, 8) | {"k": 4})
 
 
 def errors(make: Make) -> Iterator[ErrorSample]:

@@ -10,8 +10,9 @@ A cache row is [c | r], a latent of w_uk.shape[2] elements and the rotated key p
 `absorbed` names the form that a kernel computes in; the two are equal but for rounding. True: w_uk^T n first, then one
 shared row per token, w_uv last (decoding). False: keys and values of every head (prefill). With topk_indices only the
 positions that they list count, those behind p not; -1 and columns from topk_length[t] on list none, a position listed
-twice counts twice. No key: out 0, lse +inf. No sink, and out is not rotated back. Rows must have been written before
-the call, those of its own tokens too. Products and sums in float32, out rounded once.
+twice counts twice. A position without a block is left out. No key: out 0, lse +inf. No sink, and out is not rotated
+back. Rows must have been written before the call, those of its own tokens too. Products and sums in float32, out
+rounded once.
 
 Source: DeepSeek-V2 (arXiv:2405.04434) section 2.1; DeepSeek-V3 inference/model.py, MLA (naive and absorb);
 DeepSeek-V3.2 (arXiv:2512.02556) section 2.1 and V3.2-Exp 3b99a53; FlashMLA 9241ae3.
@@ -27,6 +28,7 @@ from isolith.dtypes import FLOAT, INT32, INTEGER, PACKED, widen
 from isolith.errors import ArgumentError
 from isolith.numerics.byte_pools import byte_pool
 from isolith.numerics.lists import slots_of_columns
+from isolith.numerics.paged_samples import pool_of_items
 from isolith.numerics.pages import check_block_table, check_cache, entry_dim, read_entries
 from isolith.numerics.ragged import check_cu_seqlens, check_start_pos, positions_of_tokens
 from isolith.operator import Cost, Operator
@@ -62,6 +64,7 @@ def visible_positions(cu_seqlens: Tensor, start_pos: Tensor, tokens: int, topk_i
     """The positions that each token may look at, -1 in columns that name none: [tokens, n]."""
     _, position = positions_of_tokens(cu_seqlens, start_pos, tokens)
     if topk_indices is None:
+        # Not as many as the table has room for, whose rows would take gigabytes where few are written.
         longest = int(position.max()) + 1 if tokens else 0
         topk_indices = torch.arange(longest, device=position.device).expand(tokens, longest)
     return torch.where(topk_indices <= position[:, None], topk_indices, -1)
@@ -208,9 +211,13 @@ def cost(
     # Positions are data: without lists, every token is taken to see what the tables can hold.
     columns = block_table.shape[1] * kv_cache.shape[1] if topk_indices is None else topk_indices.shape[1]
     entries = min(start_pos.shape[0] * columns if topk_indices is None else tokens * columns, pool)
+    # What the weights meet: the queries and results of tokens where absorbed, else every entry once.
+    products = tokens * columns * ((dim + latent) if absorbed else (q.shape[2] + values))
+    products += (tokens if absorbed else entries) * latent * (nope + values)
+    lists = 0 if topk_indices is None else topk_indices.nbytes
     return Cost(
-        flops=2 * tokens * heads * (latent * (nope + values) + columns * (dim + latent)),
-        bytes_read=q.nbytes + w_uk.nbytes + w_uv.nbytes + entries * kv_cache.shape[2] * kv_cache.itemsize,
+        flops=2 * heads * products,
+        bytes_read=q.nbytes + w_uk.nbytes + w_uv.nbytes + lists + entries * kv_cache.shape[2] * kv_cache.itemsize,
         bytes_written=tokens * heads * (values * q.itemsize + widen(q.dtype).itemsize),
         math="bfloat16" if q.itemsize == 2 else "float32",
     )
@@ -222,20 +229,15 @@ def samples(make: Make) -> Iterator[Sample]:
     ) -> dict[str, Any]:  # Any: arguments
         """A batch whose rows are NaN where no token may look: behind each sequence's end, and in a spare block."""
         nope, rotary, latent, values = widths
-        ends = [first + count for first, count in zip(start, tokens, strict=True)]
-        pages = make.pages(ends, block_size)
-        kv_cache = make.full(torch.nan, pages.blocks, block_size, latent + rotary)
-        for row, end in enumerate(ends):
-            item = torch.arange(end, device=make.device)
-            block = pages.block_table[row].long()[item // block_size]
-            kv_cache[block, item % block_size] = make.normal(end, latent + rotary)
+        seen = [range(first + count) for first, count in zip(start, tokens, strict=True)]
+        kv_cache, block_table = pool_of_items(make, seen, block_size, latent + rotary)
         cu_seqlens, start_pos = make.batch(tokens, start)
         return {
             "q": make.normal(sum(tokens), heads, nope + rotary),
             "kv_cache": kv_cache,
             "w_uk": make.normal(heads, nope, latent, std=latent**-0.5),
             "w_uv": make.normal(heads, values, latent, std=latent**-0.5),
-            "block_table": pages.block_table,
+            "block_table": block_table,
             "cu_seqlens": cu_seqlens,
             "start_pos": start_pos,
             "softmax_scale": (nope + rotary) ** -0.5,
@@ -255,6 +257,14 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("listed", **listed)
     yield Sample("listed_per_head", **listed | {"absorbed": False})
     yield Sample("listed_lengths", **listed | {"topk_length": make.integers(0, 23, 11)})
+    # The key behind each token's own outweighs all others: who sees one token more is far off.
+    ahead = call([5], [4], 2, (16, 8, 16, 8), 16) | {"w_uk": make.tensor(torch.eye(16).expand(2, 16, 16).tolist())}
+    ahead["kv_cache"][ahead["block_table"][0, 0], 5:9] = 4 * ahead["q"][:4, 0]
+    yield Sample("next_key_dominates", **ahead)
+    yield Sample("next_key_dominates_per_head", **ahead | {"absorbed": False})
+    lost = call([2], [20], 2, (16, 8, 32, 8), 4)
+    lost["block_table"][0, 2] = -1
+    yield Sample("positions_without_a_block", **lost)
     yield Sample("one_token", **call([1], [0], 4, (16, 8, 32, 24), 4))
     yield Sample("large_logits", **ragged | {"softmax_scale": 20.0})
     yield Sample("no_rotary_part", **call([3], [5], 2, (16, 0, 32, 8), 4))

@@ -273,9 +273,9 @@ def samples_of_slots(make: Make) -> Iterator[Sample]:
     yield Sample("no_tokens", **call(0, 8, 64, 20, 16))
     yield Sample("no_columns", **call(2, 4, 32, 20, 0))
     yield Sample("no_blocks", **call(2, 4, 32, 20, 3) | {"kv_cache": make.zeros(0, 16, 32)})
-    # One entry of weight exactly 1 is returned as it lies in the pool.
-    alone = call(3, 4, 32, 20, 1) | {"q": make.small_integers(3, 4, 32), "kv_cache": make.small_integers(1, 20, 32)}
-    yield Sample("single_entry", "exact", **alone | {"softmax_scale": 0.25, "sink": None})
+    # One entry of weight exactly 1 is returned as it lies in the pool, to more tokens than 16 bits count.
+    alone = {"q": make.small_integers(70000, 2, 4), "kv_cache": make.small_integers(1, 20, 4), "softmax_scale": 0.25}
+    yield Sample("single_entry_of_70000_tokens", "exact", **call(70000, 2, 4, 20, 1) | alone | {"sink": None})
     # The sink must count once, unscaled, on a head of its own; +inf takes everything, -inf nothing.
     sink = make.tensor([6.0, -6.0, torch.inf, -torch.inf, 0.0, 3.0, 90.0, -90.0], torch.float32)
     yield Sample("extreme_sinks", **call(4, 8, 64, 50, 20) | {"sink": sink})

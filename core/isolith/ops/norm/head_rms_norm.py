@@ -61,6 +61,7 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("odd_sizes", x=make.normal(3, 5, 129))
     yield Sample("one_dim", x=make.normal(3, 2, 1))
     yield Sample("no_tokens", x=make.normal(0, 8, 64))
+    yield Sample("permuted_axes", x=make.normal(3, 5, 64).transpose(0, 1))
     # Heads of very different size: a mean over the whole token shows.
     spread = torch.logspace(-6, 6, 13, base=2.0, dtype=torch.float64)[None, :, None]
     yield Sample(

@@ -10,6 +10,7 @@ Source: Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4; DeepSeek-V4 inference/mo
 transformers 5.23 DeepseekV3RMSNorm (two roundings).
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -24,9 +25,14 @@ from isolith.sample import ErrorSample, Make, Sample
 def reference(x: Tensor, weight: Tensor, eps: float = 1e-6, round_before_weight: bool = False) -> Tensor:
     wide = x.to(widen(x.dtype))
     normed = wide * (wide.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+    return weighted(normed, weight, x.dtype, round_before_weight)
+
+
+def weighted(normed: Tensor, weight: Tensor, dtype: torch.dtype, round_before_weight: bool) -> Tensor:
+    """The product with the weight, rounded to `dtype`."""
     if round_before_weight:
-        normed = normed.to(x.dtype).to(wide.dtype)
-    return (normed * weight.to(wide.dtype)).to(x.dtype)
+        normed = normed.to(dtype).to(normed.dtype)
+    return (normed * weight.to(normed.dtype)).to(dtype).contiguous()
 
 
 def blocked_sum(x: Tensor, weight: Tensor, eps: float = 1e-6, round_before_weight: bool = False) -> Tensor:
@@ -34,9 +40,15 @@ def blocked_sum(x: Tensor, weight: Tensor, eps: float = 1e-6, round_before_weigh
     wide = x.to(widen(x.dtype))
     total = torch.stack([part.square().sum(-1) for part in wide.split(64, dim=-1)]).sum(0)
     normed = wide / (total / x.shape[-1] + eps).sqrt()[..., None]
-    if round_before_weight:
-        normed = normed.to(x.dtype).to(wide.dtype)
-    return (normed * weight.to(wide.dtype)).to(x.dtype)
+    return weighted(normed, weight, x.dtype, round_before_weight)
+
+
+def sum_in_order(x: Tensor, weight: Tensor, eps: float = 1e-6, round_before_weight: bool = False) -> Tensor:
+    """Sum the squares one after the other."""
+    wide = x.to(widen(x.dtype))
+    total = functools.reduce(torch.add, wide.square().unbind(-1))
+    normed = wide * (total / x.shape[-1] + eps).rsqrt()[..., None]
+    return weighted(normed, weight, x.dtype, round_before_weight)
 
 
 def fake(x: Tensor, weight: Tensor, eps: float = 1e-6, round_before_weight: bool = False) -> Tensor:
@@ -56,6 +68,14 @@ def cost(x: Tensor, weight: Tensor, eps: float = 1e-6, round_before_weight: bool
     )
 
 
+def weight_beyond(make: Make) -> Tensor:
+    """A float32 weight that make.dtype cannot hold, though 4/5 of it can be: rounding the weight first shows."""
+    product = 1 - torch.arange(1, 33, dtype=torch.float64) * torch.finfo(make.dtype).eps / 2
+    rounded = (product / 0.8).to(make.dtype).double() * 0.8
+    lost = (rounded - product).abs() > torch.finfo(make.dtype).eps / 4
+    return make.place(product[lost] / 0.8, torch.float32)
+
+
 def samples(make: Make) -> Iterator[Sample]:
     wide = torch.float32
     yield Sample("hidden_4096", "model", x=make.normal(16, 4096), weight=make.normal(4096, dtype=wide), eps=1e-6)
@@ -63,11 +83,15 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("odd_width", x=make.normal(3, 129), weight=make.normal(129))
     yield Sample("no_rows", x=make.normal(0, 128), weight=make.normal(128))
     yield Sample("three_axes", x=make.normal(2, 3, 64), weight=make.normal(64, dtype=wide))
+    yield Sample("permuted_axes", x=make.normal(3, 5, 64).transpose(0, 1), weight=make.normal(64))
     yield Sample("all_zero", x=make.zeros(4, 128), weight=make.normal(128))
     # eps decides where the mean square is near it, and hides where it is far above.
     yield Sample("eps_dominates", x=make.normal(4, 128, std=1e-3), weight=make.normal(128), eps=1e-4)
     yield Sample("tiny_eps", x=make.normal(4, 128), weight=make.normal(128), eps=1e-20)
     yield Sample("round_before_weight", x=make.normal(8, 256), weight=make.normal(256), round_before_weight=True)
+    # Every element is normalised to 4/5.
+    weight = weight_beyond(make)
+    yield Sample("weight_of_more_bits", x=make.full(1.0, 4, weight.shape[0]), weight=weight, eps=9 / 16)
     # One large element: a sum in low precision loses the small ones.
     outlier = make.normal(4, 1024, std=0.5)
     outlier[:, 7] = 200.0
@@ -91,7 +115,7 @@ rms_norm = Operator(
     shapes="x[... hidden] weight[hidden] -> y[... hidden]",
     dtypes={"x": FLOAT, "weight": FLOAT},
     reference=reference,
-    variants=(blocked_sum,),
+    variants=(blocked_sum, sum_in_order),
     fake=fake,
     check=check,
     cost=cost,

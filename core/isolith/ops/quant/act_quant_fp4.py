@@ -36,7 +36,7 @@ from isolith.sample import ErrorSample, Make, Sample
 
 
 def reference(x: Tensor, group_size: int = 32, amax_floor: float = 6 * 2.0**-126) -> tuple[Tensor, Tensor]:
-    wide = x.to(torch.float32)
+    wide = x.contiguous().to(torch.float32)
     scale = ceil_power_of_two(amax_of_groups(wide, group_size).clamp(min=amax_floor) / E2M1_MAX)
     codes = encode_e2m1(wide / spread_groups(scale, x.shape[-1], group_size))
     return pack_nibbles(codes), scale.to(torch.float8_e8m0fnu)
@@ -79,6 +79,8 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("indexer_queries", "model", x=without_negative_zeros(make.normal(4, 64, 128)))
     yield Sample("one_vector", x=without_negative_zeros(make.normal(64)))
     yield Sample("group_16", x=without_negative_zeros(make.normal(3, 48), 16), group_size=16)
+    x = without_negative_zeros(make.normal(3, 5, 64))
+    yield Sample("permuted_axes", x=x.transpose(0, 1))
     yield Sample("no_rows", x=make.normal(0, 64))
     # Groups far apart in size: a scale on the wrong axis shows.
     spread = torch.exp2(torch.arange(-6.0, 6.0, dtype=torch.float64)).repeat_interleave(32).to(make.device)

@@ -9,7 +9,8 @@ Everything is computed in float32, for float64 input too, and e4m3 rounds to nea
 the exponent of r, plus one where its mantissa is not 0. A last group that is short has the amax of what it has. A
 group of zeros has q = 0 and the scale of the floor: 2^-22, or 1e-4/448. NaN and infinite input: unspecified in its own
 group. With "ue8m0" there is one right answer, to the bit. With "float32" a scale may be one ulp off (amax times the
-inverse of 448) and so may the quotient (x times the inverse of the scale): a code next to a rounding boundary differs.
+inverse of 448) and so may the quotient (x times the inverse of the scale, or times 448/amax): a code next to a rounding
+boundary differs.
 
 Source: DeepSeek-V4 inference/kernel.py, act_quant (floor, fast_log2_ceil); DeepGEMM 54e2261 deep_gemm/utils/math.py,
 per_token_cast_to_fp8 (inverse of the scale, padding of a short group); DeepSeek-V3 inference/kernel.py (float32).
@@ -39,28 +40,47 @@ from isolith.sample import ErrorSample, Make, Sample
 def reference(
     x: Tensor, group_size: int = 128, scale_format: str = "ue8m0", amax_floor: float = 1e-4
 ) -> tuple[Tensor, Tensor]:
-    wide = x.to(torch.float32)
+    wide = x.contiguous().to(torch.float32)
     scale = amax_of_groups(wide, group_size).clamp(min=amax_floor) / E4M3_MAX
     if scale_format == "ue8m0":
         scale = ceil_power_of_two(scale)
-    quotient = wide / spread_groups(scale, x.shape[-1], group_size)
-    q = quotient.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return q, scale.to(SCALE_FORMATS[scale_format])
+    return codes(wide / spread_groups(scale, x.shape[-1], group_size)), scale.to(SCALE_FORMATS[scale_format])
+
+
+def codes(quotient: Tensor) -> Tensor:
+    return quotient.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def by_inverse_scale(
+    x: Tensor, group_size: int = 128, scale_format: str = "ue8m0", amax_floor: float = 1e-4
+) -> tuple[Tensor, Tensor]:
+    """Multiply by the inverse of the scale."""
+    wide, (_, scale) = x.contiguous().to(torch.float32), reference(x, group_size, scale_format, amax_floor)
+    return codes(wide * spread_groups(1 / scale.to(torch.float32), x.shape[-1], group_size)), scale
+
+
+def by_inverse_amax(
+    x: Tensor, group_size: int = 128, scale_format: str = "ue8m0", amax_floor: float = 1e-4
+) -> tuple[Tensor, Tensor]:
+    """Multiply by 448/amax where the scale is amax/448."""
+    if scale_format == "ue8m0":
+        return by_inverse_scale(x, group_size, scale_format, amax_floor)
+    wide = x.contiguous().to(torch.float32)
+    amax = amax_of_groups(wide, group_size).clamp(min=amax_floor)
+    return codes(wide * spread_groups(E4M3_MAX / amax, x.shape[-1], group_size)), amax / E4M3_MAX
 
 
 def by_inverses(
     x: Tensor, group_size: int = 128, scale_format: str = "ue8m0", amax_floor: float = 1e-4
 ) -> tuple[Tensor, Tensor]:
     """Multiply by the inverse of 448 (float32 scales) and by the inverse of the scale."""
-    wide = x.to(torch.float32)
+    wide = x.contiguous().to(torch.float32)
     amax = amax_of_groups(wide, group_size).clamp(min=amax_floor)
     if scale_format == "ue8m0":
         scale = ceil_power_of_two(amax / E4M3_MAX)
     else:
         scale = amax * torch.tensor(1 / E4M3_MAX, dtype=torch.float32, device=x.device)
-    quotient = wide * spread_groups(1 / scale, x.shape[-1], group_size)
-    q = quotient.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return q, scale.to(SCALE_FORMATS[scale_format])
+    return codes(wide * spread_groups(1 / scale, x.shape[-1], group_size)), scale.to(SCALE_FORMATS[scale_format])
 
 
 def fake(
@@ -97,6 +117,7 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("short_last_group", x=make.normal(3, 200))
     yield Sample("short_only_group", x=make.normal(3, 5), scale_format="float32")
     yield Sample("one_vector", x=make.normal(256))
+    yield Sample("permuted_axes", x=make.normal(3, 5, 64).transpose(0, 1), group_size=32)
     yield Sample("no_rows", x=make.normal(0, 256))
     # Groups far apart in size: a scale on the wrong axis shows.
     spread = torch.exp2(torch.arange(-6.0, 6.0, dtype=torch.float64)).repeat_interleave(32)
@@ -132,7 +153,7 @@ act_quant_fp8 = Operator(
     shapes="x[... hidden] -> q[... hidden] scale[... (hidden+group_size-1)//group_size]",
     dtypes={"x": FLOAT},
     reference=reference,
-    variants=(by_inverses,),
+    variants=(by_inverses, by_inverse_scale, by_inverse_amax),
     fake=fake,
     check=check,
     cost=cost,

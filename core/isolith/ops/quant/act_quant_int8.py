@@ -5,9 +5,9 @@
     q[..., j]  = clamp(round(v[..., j] / scale[...]), -127, 127)
 
 Everything is computed in float32, for float64 input too; round goes to nearest, ties to even. There is no zero point
-and no code -128. A row of zeros has q = 0 and the scale of the floor, 1e-10/127. NaN and infinite input: unspecified
-in its own row. A scale may be one ulp off (amax times the inverse of 127) and so may the quotient (v times 127/amax):
-a code next to a rounding boundary differs.
+and no code -128. A row of zeros, or of no columns, has q = 0 and the scale of the floor, 1e-10/127. NaN and infinite
+input: unspecified in its own row. A scale may be one ulp off (amax times the inverse of 127) and so may the quotient
+(v times 127/amax): a code next to a rounding boundary differs.
 
 Source: Cambricon torch_mlu_ops, scaled_quantize (smooth multiplies); Ascend npu_dynamic_quant; the floor is this
 project's, where the vendors divide 0 by 0 or give a scale of 0.
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from isolith.dtypes import FLOAT
-from isolith.errors import ArgumentError
 from isolith.numerics.codes import INT8_MAX, check_amax_floor
 from isolith.operator import Cost, Operator
 from isolith.sample import ErrorSample, Make, Sample
@@ -27,14 +26,20 @@ from isolith.sample import ErrorSample, Make, Sample
 
 def reference(x: Tensor, smooth: Tensor | None = None, amax_floor: float = 1e-10) -> tuple[Tensor, Tensor]:
     values = smoothed(x, smooth)
-    scale = values.abs().amax(-1).clamp(min=amax_floor) / INT8_MAX
+    scale = amax_of_rows(values, amax_floor) / INT8_MAX
     return codes(values / scale[..., None]), scale[..., None]
 
 
 def smoothed(x: Tensor, smooth: Tensor | None) -> Tensor:
     """x times smooth, in float32."""
-    wide = x.to(torch.float32)
+    wide = x.contiguous().to(torch.float32)
     return wide if smooth is None else wide * smooth.to(torch.float32)
+
+
+def amax_of_rows(values: Tensor, amax_floor: float) -> Tensor:
+    """[..., N] -> [...]."""
+    # A zero more, so that a row without a column has an amax.
+    return torch.nn.functional.pad(values.abs(), (0, 1)).amax(-1).clamp(min=amax_floor)
 
 
 def codes(quotient: Tensor) -> Tensor:
@@ -45,7 +50,7 @@ def codes(quotient: Tensor) -> Tensor:
 def by_inverses(x: Tensor, smooth: Tensor | None = None, amax_floor: float = 1e-10) -> tuple[Tensor, Tensor]:
     """Multiply by 127/amax, and by the inverse of 127 for the scale."""
     values = smoothed(x, smooth)
-    amax = values.abs().amax(-1).clamp(min=amax_floor)
+    amax = amax_of_rows(values, amax_floor)
     inverse = torch.tensor(1 / INT8_MAX, dtype=torch.float32, device=x.device)
     return codes(values * (INT8_MAX / amax)[..., None]), (amax * inverse)[..., None]
 
@@ -55,8 +60,6 @@ def fake(x: Tensor, smooth: Tensor | None = None, amax_floor: float = 1e-10) -> 
 
 
 def check(x: Tensor, smooth: Tensor | None = None, amax_floor: float = 1e-10) -> None:
-    if x.shape[-1] == 0:
-        raise ArgumentError(f"act_quant_int8: x must have a column; got shape {tuple(x.shape)}.")
     check_amax_floor("act_quant_int8", amax_floor, INT8_MAX)
 
 
@@ -76,6 +79,7 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("three_axes", x=make.normal(2, 3, 64), smooth=make.uniform(64, low=0.5, high=2.0))
     yield Sample("one_column", x=make.normal(4, 1))
     yield Sample("one_vector", x=make.normal(64))
+    yield Sample("permuted_axes", x=make.normal(3, 5, 64).transpose(0, 1), smooth=make.uniform(64, low=0.5, high=2.0))
     yield Sample("no_rows", x=make.normal(0, 64))
     # Rows far apart in size, the extremes of both signs in each.
     rows = make.normal(12, 32) * torch.exp2(torch.arange(-6.0, 6.0))[:, None].to(make.device).to(make.dtype)
@@ -99,8 +103,6 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     x = make.normal(2, 64)
     says = "act_quant_int8: hidden is 64 in x but 63 in smooth."
     yield ErrorSample("smooth_width", x=x, smooth=make.normal(63), says=says)
-    says = "act_quant_int8: x must have a column; got shape (2, 0)."
-    yield ErrorSample("no_columns", x=x[:, :0], says=says)
     says = "act_quant_int8: amax_floor must be at least 127*2^-126; got 0.0."
     yield ErrorSample("no_floor", x=x, amax_floor=0.0, says=says)
     says = "act_quant_int8: x must be bfloat16, float16, float32 or float64; got int8."

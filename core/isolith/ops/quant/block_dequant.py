@@ -28,7 +28,7 @@ def reference(q: Tensor, scale: Tensor, block_n: int = 128, block_k: int = 128, 
     wide = widen(FLOAT_NAMES[out_dtype])
     values = decode(q, wide)
     spread = spread_scale(scale, values.shape[-2], values.shape[-1], block_n, block_k)
-    return (values * spread.to(wide)).to(FLOAT_NAMES[out_dtype])
+    return (values * spread.to(wide)).to(FLOAT_NAMES[out_dtype]).contiguous()
 
 
 def one_rounding(
@@ -37,7 +37,7 @@ def one_rounding(
     """The exact product, rounded once to out_dtype."""
     values = decode(q, torch.float64)
     spread = spread_scale(scale, values.shape[-2], values.shape[-1], block_n, block_k)
-    return (values * spread.to(torch.float64)).to(FLOAT_NAMES[out_dtype])
+    return (values * spread.to(torch.float64)).to(FLOAT_NAMES[out_dtype]).contiguous()
 
 
 def fake(q: Tensor, scale: Tensor, block_n: int = 128, block_k: int = 128, out_dtype: str = "bfloat16") -> Tensor:
@@ -95,10 +95,13 @@ def samples(make: Make) -> Iterator[Sample]:
     )
     q = make.tensor([[code | (15 - code) << 4 for code in range(16)]], torch.uint8)
     yield Sample("every_e2m1_code", "exact", q=q, scale=powers(make, 0, 0, 1, 1), block_n=1, block_k=32, out_dtype=out)
-    # Scales near both ends of float32 (float16 overflows to infinity and underflows to zero).
+    # Scales near both ends of the range, where results are still normal numbers.
     q = make.tensor([[1.0, -2.0], [0.5, 1.5]], torch.float8_e4m3fn)
-    ends = make.tensor([[5.0, 200.0], [1.0, 250.0]], torch.uint8).view(torch.float8_e8m0fnu)
+    reach = 14 if make.dtype == torch.float16 else 125
+    ends = torch.exp2(make.tensor([[-reach, 0.5 * reach], [1 - reach, reach]], torch.float64)).to(torch.float8_e8m0fnu)
     yield Sample("ends_of_the_range", "exact", q=q, scale=ends, block_n=1, block_k=1, out_dtype=out)
+    q, scale = e4m3_codes(make, 96, 64).mT, powers(make, -6, 0, 3, 2).mT
+    yield Sample("permuted_axes", q=q, scale=scale, block_n=32, block_k=32, out_dtype=out)
     yield Sample("no_rows", q=e4m3_codes(make, 0, 128), scale=powers(make, 0, 0, 0, 1), out_dtype=out)
     q, scale = e4m3_codes(make, 1024, 1024), powers(make, -12, -6, 8, 8)
     yield Sample("wq_a_of_flash_tile", "model", q=q, scale=scale, out_dtype=out)

@@ -77,7 +77,7 @@ def compute_dtype(x: Tensor, out_dtype: str) -> torch.dtype:
     return torch.float64 if out_dtype == "float64" else widen(x.dtype)
 
 
-def sixteen_at_a_time(
+def sum_in_order(
     x: Tensor,
     weight: Tensor,
     weight_scale: Tensor | None = None,
@@ -89,15 +89,15 @@ def sixteen_at_a_time(
     block_k: int = 128,
     out_dtype: str = "bfloat16",
 ) -> Tensor:
-    """Sum 16 columns, then the sums one after the other."""
+    """Add one product after the other."""
     wide = compute_dtype(x, out_dtype)
     if x_scale is None:
         x, x_scale = quantised(x, resolve_act_quant(act_quant, weight), act_group, scale_format)
     values = dequantise_activation(x, x_scale, act_group, wide)
     weights = dequantise_weight(weight, weight_scale, block_n, block_k, wide)
     y = values.new_zeros((*x.shape[:-1], weight.shape[0]))
-    for part, columns in zip(values.split(16, dim=-1), weights.split(16, dim=-1), strict=True):
-        y += part @ columns.T
+    for element, column in zip(values.split(1, dim=-1), weights.unbind(-1), strict=True):
+        y += element * column
     return y.to(FLOAT_NAMES[out_dtype])
 
 
@@ -227,6 +227,14 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("ragged_blocks", x=make.normal(3, 200), **made_weight(make, "fp8", 200, 200))
     blocks = {"block_n": 32, "block_k": 32}
     yield Sample("blocks_of_32", x=make.normal(2, 3, 160), **made_weight(make, "fp8", 72, 160, 32, 32), **blocks)
+    blocks = {"block_n": 64, "block_k": 32}
+    yield Sample("blocks_of_64_by_32", x=make.normal(3, 160), **made_weight(make, "fp8", 72, 160, 64, 32), **blocks)
+    square = made_weight(make, "fp8", 96, 96)
+    square["weight"] = square["weight"].mT
+    yield Sample("permuted_axes", x=make.normal(4, 3, 96).transpose(0, 1), **square)
+    # Every product has one sign: an accumulator that is too narrow shows.
+    positive = make.uniform(11, 2048, low=0.5, high=1.5)
+    yield Sample("same_sign", x=positive[:3], weight=positive[3:])
     yield Sample("act_group_32", x=make.normal(4, 256), **made_weight(make, "fp4", 64, 256), act_group=32)
     groups = torch.exp2(torch.arange(-6.0, 6.0)).repeat_interleave(32)
     rows = {"x": make.normal(4, 384) * groups.to(make.dtype), "act_group": 32}
@@ -332,7 +340,7 @@ quant_linear = Operator(
         "x_scale": SCALE,
     },
     reference=reference,
-    variants=(sixteen_at_a_time, scaled_sums),
+    variants=(sum_in_order, scaled_sums),
     fake=fake,
     check=check,
     cost=cost,

@@ -89,6 +89,10 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("one_token", **random_call(make, 1, 4, 64))
     yield Sample("odd_hidden", **random_call(make, 7, 4, 37))
     yield Sample("no_tokens", **random_call(make, 0, 4, 64))
+    call = random_call(make, 5, 4, 64)
+    call["streams"] = make.normal(4, 5, 64).transpose(0, 1)
+    call["comb"] = call["comb"].mT.contiguous().mT
+    yield Sample("permuted_axes", **call)
     # A cycle is not its own transpose: y[k] = streams[k-1 mod n], to the bit.
     cycle = make.tensor([[0.0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [1, 0, 0, 0]], wide).expand(5, 4, 4).contiguous()
     call = {**random_call(make, 5, 4, 64), "comb": cycle, "post": make.zeros(5, 4, dtype=wide)}

@@ -97,6 +97,7 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("eight_streams", logits=make.normal(5, 8, 8))
     yield Sample("no_leading_axis", logits=make.normal(4, 4))
     yield Sample("three_leading_axes", logits=make.normal(2, 3, 5, 4, 4))
+    yield Sample("permuted_axes", logits=make.normal(4, 5, 4).permute(1, 2, 0))
     yield Sample("no_matrices", logits=make.normal(0, 4, 4))
     yield Sample("one_iteration", logits=make.normal(16, 4, 4), iters=1)
     yield Sample("two_iterations", logits=make.normal(16, 4, 4, std=3.0), iters=2)

@@ -90,6 +90,7 @@ def samples(make: Make) -> Iterator[Sample]:
         yield Sample(f"width_{n}", x=make.normal(3, n))
     yield Sample("no_leading_axis", x=make.normal(128))
     yield Sample("four_axes", x=make.normal(2, 3, 2, 32))
+    yield Sample("permuted_axes", x=make.normal(3, 5, 16).transpose(0, 1))
     yield Sample("no_rows", x=make.normal(0, 128))
     # Unit vectors give the rows of the matrix: another order of rows shows. 1/4 and 1/8 are exact scales.
     yield Sample("unit_vectors", "exact", x=make.tensor(torch.eye(16).tolist()))

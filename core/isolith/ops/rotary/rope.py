@@ -174,9 +174,12 @@ def narrow_products(make: Make) -> dict[str, Tensor]:
 
     Even pairs are scaled by cos, odd ones turned by sin: 7/4 of a wide factor is 1 less a few units in the last place.
     """
-    product = 1 - make.integers(1, 32, 8, 32, dtype=torch.float64) * torch.finfo(make.dtype).eps / 2
+    eps = torch.finfo(make.dtype).eps
+    product = 1 - torch.arange(1, 33, dtype=torch.float64) * eps / 2
+    lost = ((product / 1.75).to(make.dtype).double() * 1.75 - product).abs() > eps / 4
+    factor = make.place((product[lost] / 1.75).repeat(32)[: 8 * 32].view(8, 32), torch.float64)
     even = make.place(torch.arange(32) % 2 == 0, torch.bool)
-    cos_table, sin_table = torch.where(even, product / 1.75, 0), torch.where(even, 0, product / 1.75)
+    cos_table, sin_table = torch.where(even, factor, 0), torch.where(even, 0, factor)
     return {
         "x": make.full(1.75, 8, 2, 64),
         "positions": make.integers(0, 8, 8),
@@ -207,10 +210,12 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("position_0", x=make.normal(6, 2, 96), positions=make.integers(0, 1, 6), **main)
     repeated = make.tensor([7, 3, 7, 0, 4095, 3], torch.int64)
     yield Sample("positions_in_no_order", x=make.normal(6, 2, 96), positions=repeated, **main)
+    heads_first = make.normal(2, 6, 96).transpose(0, 1)
+    yield Sample("permuted_axes", x=heads_first, positions=far, **main)
     yield Sample("no_tokens", x=make.normal(0, 2, 96), positions=make.integers(0, 1, 0), **main)
     # Few pairs, so that a table of a million rows stays small: an index of 16 bits wraps.
-    near = make.place(torch.arange(1_048_576 - 5, 1_048_576), torch.int32)
-    yield Sample("positions_near_1e6", x=make.normal(5, 3, 16), positions=near, **tables(make, 1_048_576, 4))
+    near = make.place(torch.arange(1_000_000, 1_000_005), torch.int32)
+    yield Sample("positions_near_1e6", x=make.normal(5, 3, 16), positions=near, **tables(make, 1_000_005, 4))
     # Quarter turns only move and negate.
     turn = torch.tensor([[1.0, 0.0, -1.0, 0.0]]).T.repeat(1, 8)
     quarter = {"cos_table": make.place(turn, torch.float32), "sin_table": make.place(turn.roll(1, 0), torch.float32)}

@@ -74,3 +74,26 @@ def test_activations_of_the_second_step_are_quantised_unless_told_not_to():
 def test_no_tokens_give_no_rows():
     weights = made_weights(Make(seed=6), "fp8 fp8", 2, 128, 64, 48)
     assert grouped_output_proj(torch.zeros(0, 4, 32), **weights).shape == (0, 48)
+
+
+@pytest.mark.parametrize("rules", [{}, {"act_group": 64, "scale_format": "float32"}], ids=["defaults", "rules"])
+def test_rules_and_blocks_reach_both_steps(rules):
+    make = Make(DOUBLE, seed=7)
+    x, weights = make.normal(3, 4, 48), made_weights(make, "fp8 fp8", 2, 64, 96, 40, block=32)
+    x *= torch.exp2(torch.arange(48) // 16)
+    rules = {**rules, "block_n": 32, "block_k": 32}
+    steps = {**rules, "act_quant": "fp8", "out_dtype": "float64"}
+    parts = [
+        quant_linear(x[:, 2 * a : 2 * a + 2].flatten(1), weights["wo_a"][a], weights["wo_a_scale"][a], **steps)
+        for a in range(2)
+    ]
+    wanted = quant_linear(torch.cat(parts, dim=-1), weights["wo_b"], weights["wo_b_scale"], **steps)
+    y = grouped_output_proj(x, **weights, **rules, act_quant_a="fp8")
+    torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_result_has_the_dtype_of_x():
+    make = Make(torch.float16, seed=8)
+    assert (
+        grouped_output_proj(make.normal(3, 4, 32), **made_weights(make, "fp8 fp8", 2, 128, 64, 48)).dtype == make.dtype
+    )

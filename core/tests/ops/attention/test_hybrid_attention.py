@@ -34,7 +34,7 @@ class Sequence:
 
     def __init__(self, kind, seed=1, ring=0):
         make = Make(WIDE, seed=seed)
-        self.kind, self.ring = kind, ring
+        self.kind, self.ring, self.lengths = kind, ring, None
         self.q, self.kv, self.x = make.normal(LENGTH, HEADS, DIM), make.normal(LENGTH, DIM), make.normal(LENGTH, HIDDEN)
         self.sink = make.normal(HEADS)
         # Of the entries that each token sees, some in no order, and -1 among them.
@@ -63,6 +63,8 @@ class Sequence:
             far = {"compressed_cache": self.entry_cache, "compressed_block_table": self.entry_table, "ratio": ratio}
         if self.kind.selects:
             far["topk_indices"] = self.picks[start:end]
+        if self.lengths is not None:
+            far["topk_length"] = self.lengths[start:end]
         return hybrid_attention(
             self.q[start:end], self.window_cache, self.table, cu_seqlens, start_pos, WINDOW, 0.4, self.sink, **far
         )
@@ -148,6 +150,15 @@ def test_every_visible_entry_listed_is_hca():
     listed, plain = Sequence(Kind(ratio=8, selects=True)), Sequence(kind)
     listed.picks = torch.arange(LENGTH // 8).flip(0).int().expand(LENGTH, -1)  # those not yet visible too
     same(listed.call(LENGTH), plain.call(LENGTH))
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 3])
+def test_length_cuts_the_list_of_entries_and_not_the_window(length):
+    kind = Kind(ratio=4, selects=True)
+    cut, short = Sequence(kind), Sequence(kind)
+    cut.lengths = torch.full((LENGTH,), length)
+    short.picks = torch.where(torch.arange(K) < length, short.picks, -1)
+    same(cut.call(LENGTH), short.call(LENGTH))
 
 
 @pytest.mark.parametrize(("position", "seen"), [(2, False), (3, True), (6, False), (7, True)])

@@ -7,9 +7,9 @@ import torch
 
 from isolith import Make
 from isolith.numerics.byte_pools import byte_pool
+from isolith.numerics.indexer_samples import batch_of_scores, quantised_kinds
 from isolith.numerics.pages import read_entries
 from isolith.ops.attention import indexer_score
-from isolith.ops.attention.indexer_score import batch_of_scores
 
 WIDE = torch.float64
 
@@ -74,3 +74,28 @@ def test_packed_query_scores_as_its_values():
     values = torch.tensor([1.0, -0.5]).repeat(32) * torch.tensor([2.0, 0.25]).repeat_interleave(32)
     plain = call | {"q": values.expand(2, 4, 64).contiguous()}
     assert torch.equal(indexer_score(**call | {"q": packed, "q_scale": scale}), indexer_score(**plain))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e8m0fnu], ids=["float32", "e8m0"])
+def test_e4m3_query_scores_as_its_values(dtype):
+    make = Make(torch.float32, seed=7)
+    call = batch_of_scores(make, [2], [60], 4, 4, 32, 8)
+    codes = make.normal(2, 4, 32, dtype=torch.float8_e4m3fn)
+    scale = make.integers(-6, 7, 2, 4).float().exp2().to(dtype)
+    plain = call | {"q": codes.float() * scale.float()[..., None]}
+    assert torch.equal(indexer_score(**call | {"q": codes, "q_scale": scale}), indexer_score(**plain))
+
+
+def test_visible_entry_without_a_block_scores_as_zeros_and_hides_no_other():
+    call = batch_of_scores(Make(WIDE, seed=8), [1], [11], 1, 2, 32, 4)
+    whole = indexer_score(**call)
+    call["block_table"][0, 1] = -1
+    lost = torch.tensor([4 <= s < 8 for s in range(12)])
+    assert torch.equal(indexer_score(**call), torch.where(lost, 0.0, whole))
+
+
+@pytest.mark.parametrize("kind", ["e4m3_132", "e2m1_68"])
+def test_quantised_query_of_no_tokens_gives_no_scores(kind):
+    make = Make(seed=9)
+    calls = dict(quantised_kinds(make, batch_of_scores(make, [0, 0], [5, 9], 4, 4, 128, 8), 8))
+    assert indexer_score(**calls[kind]).shape == (0, 2)

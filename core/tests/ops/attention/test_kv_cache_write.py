@@ -7,7 +7,7 @@ from isolith import ArgumentError, Make
 from isolith.numerics.codes import amax_of_groups, spread_groups
 from isolith.numerics.pages import FORMATS
 from isolith.ops.attention.kv_cache_read import kv_cache_read
-from isolith.ops.attention.kv_cache_write import byte_pool, kv_cache_write
+from isolith.ops.attention.kv_cache_write import kv_cache_write, random_pool
 from isolith.ops.quant.act_quant_fp4 import act_quant_fp4
 from isolith.ops.quant.act_quant_fp8 import act_quant_fp8
 from isolith.ops.quant.block_dequant import block_dequant
@@ -21,7 +21,7 @@ def rows(entry, seed=1, std=3.0, dtype=torch.float32):
 
 
 def pool(entry, blocks=3, block_size=4):
-    return byte_pool(Make(seed=2), blocks, block_size, entry, spare=32)
+    return random_pool(Make(seed=2), blocks, block_size, entry, spare=32)
 
 
 def read_back(entry, x, **rules):
@@ -179,3 +179,20 @@ def test_nothing_is_written_where_a_slot_stands_twice():
     with pytest.raises(ArgumentError):
         kv_cache_write(cache, rows(584), torch.tensor([1, 2, 3, 2, -1]))
     assert torch.equal(cache, pool(584))
+
+
+@pytest.mark.parametrize(("floor", "wanted"), [(None, -126), (1.5, -2)], ids=["default", "given"])
+def test_floor_of_68_is_the_least_that_e2m1_scales_need(floor, wanted):
+    cache = pool(68)
+    kv_cache_write(cache, torch.full((5, 128), 1e-41), SLOTS, amax_floor=floor)
+    assert cache.flatten(1)[0, 4 * 64].item() - 127 == wanted
+
+
+def test_last_64_elements_are_rounded_to_nearest():
+    x = rows(656)
+    assert torch.equal(read_back(656, x)[:, -64:], x[:, -64:].bfloat16().float())
+
+
+def test_one_slot_without_an_axis_is_read():
+    cache = torch.arange(24.0).view(2, 3, 4)
+    assert kv_cache_read(cache, torch.tensor(4), "float32").tolist() == [16.0, 17.0, 18.0, 19.0]

@@ -198,7 +198,7 @@ def test_rows_that_are_not_live_may_hold_anything(kind, poison):
     state, table = pool(kind, [300])
     entries, start = [], 0
     for part in x.split(43):
-        state[~live_rows(table, torch.tensor([start]), kind.ratio, kind.overlap, state)] = poison
+        state[~live_rows(state, table, torch.tensor([start]), kind.ratio, kind.overlap)] = poison
         entries += compress(kind, [part], [start], state, table)[0]
         start += len(part)
     same(torch.cat(entries), oracle(kind, x))
@@ -219,7 +219,6 @@ def test_sequences_at_different_positions_do_not_see_each_other():
 def test_counts_of_the_contracts_golden_batch():
     counts = [3, 1, 0, 6]
     state, table = pool(CSA, [3, 4, 2, 13])
-    table = torch.zeros_like(table)
     _, rows, cu_entries = compress(CSA, [tokens(count) for count in counts], [0, 3, 2, 7], state.fill_(0.0), table)
     assert (cu_entries.tolist(), len(rows)) == ([0, 0, 1, 1, 3], 6)
 

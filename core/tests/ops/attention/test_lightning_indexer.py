@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from isolith import Make
+from isolith.numerics.indexer_samples import batch_of_scores
 from isolith.ops.attention import indexer_score, indexer_topk, lightning_indexer
-from isolith.ops.attention.indexer_score import batch_of_scores
 
 WIDE = torch.float64
 

@@ -63,6 +63,13 @@ def test_result_is_the_formula_over_the_valid_columns(sink):
             assert float(lse[t, h]) == pytest.approx(want_lse, rel=1e-12)
 
 
+def test_logits_that_exp_cannot_hold_are_no_matter():
+    given = call(Make(WIDE, seed=14), heads=1) | {"indices": torch.arange(20).repeat(4, 1), "softmax_scale": 1e4}
+    out, _ = sparse_attn(**given)
+    largest = (given["q"][:, 0] @ given["kv_cache"][0].T).argmax(1)
+    torch.testing.assert_close(out[:, 0], given["kv_cache"][0, largest])
+
+
 def test_two_pools_equal_one_concatenated_pool():
     make = Make(WIDE, seed=4)
     given = call(make)

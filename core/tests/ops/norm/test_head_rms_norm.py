@@ -8,9 +8,9 @@ from isolith.ops.norm.head_rms_norm import head_rms_norm
 
 
 def test_worked_head_is_divided_by_its_root_mean_square():
-    # mean(3^2 + 4^2) = 12.5
-    y = head_rms_norm(torch.tensor([[[3.0, 4.0]]], dtype=torch.float64), eps=1e-30)
-    torch.testing.assert_close(y, torch.tensor([[[3.0, 4.0]]], dtype=torch.float64) / 12.5**0.5)
+    # mean(3^2 + 4^2) = 12.5, and eps stands inside the root.
+    y = head_rms_norm(torch.tensor([[[3.0, 4.0]]], dtype=torch.float64), eps=3.5)
+    torch.testing.assert_close(y, torch.tensor([[[0.75, 1.0]]], dtype=torch.float64))
 
 
 def test_equals_rms_norm_with_a_weight_of_ones():

@@ -5,7 +5,7 @@ import torch
 
 from isolith import Make
 from isolith.numerics.codes import spread_groups
-from isolith.ops.quant.act_quant_fp8 import act_quant_fp8, by_inverses
+from isolith.ops.quant.act_quant_fp8 import act_quant_fp8, by_inverse_amax, by_inverse_scale, by_inverses
 
 FORMATS = pytest.mark.parametrize("scale_format", ["ue8m0", "float32"])
 
@@ -103,3 +103,11 @@ def test_nan_stays_in_its_group():
 def test_inverses_of_448_and_of_the_scale_give_the_same_power_of_two_codes():
     x = Make(torch.bfloat16, seed=8).normal(64, 512)
     assert list(map(raw, by_inverses(x))) == list(map(raw, act_quant_fp8(x)))
+
+
+@pytest.mark.parametrize("variant", [by_inverses, by_inverse_scale, by_inverse_amax])
+def test_legal_roundings_move_a_float32_scale_one_ulp_and_a_code_by_one(variant):
+    x = Make(torch.bfloat16, seed=9).normal(64, 512)
+    (q, scale), (moved, other) = (f(x, scale_format="float32") for f in (act_quant_fp8, variant))
+    assert int((scale.view(torch.int32) - other.view(torch.int32)).abs().max()) <= 1
+    assert int((q.view(torch.int8).int() - moved.view(torch.int8).int()).abs().max()) <= 1

@@ -62,3 +62,22 @@ def test_nan_stays_in_its_row():
     clean = act_quant_int8(x)[0]
     x[1, 4] = torch.nan
     assert torch.equal(act_quant_int8(x)[0][::2], clean[::2])
+
+
+def test_floor_raises_the_scale():
+    assert act_quant_int8(torch.full((1, 3), 0.25), amax_floor=127.0)[1].item() == 1.0
+
+
+def test_negative_smooth_turns_the_sign():
+    q, _ = act_quant_int8(torch.tensor([1.0, -2.0]), torch.tensor([-3.0, 0.5]))
+    assert q.tolist() == [-127, -42]
+
+
+def test_smoothed_values_are_not_rounded_to_the_dtype_of_x():
+    x, smooth = torch.tensor([1.0, 1.0], dtype=torch.bfloat16), torch.tensor([1 + 2.0**-10, 0.5])
+    assert act_quant_int8(x, smooth)[1].item() == ((1 + 2.0**-10) / torch.tensor(127.0)).item()
+
+
+def test_row_without_columns_has_the_scale_of_the_floor():
+    q, scale = act_quant_int8(torch.ones(2, 0))
+    assert (q.shape, scale.tolist()) == ((2, 0), [[(torch.tensor(1e-10) / 127).item()]] * 2)

@@ -58,3 +58,10 @@ def test_activations_of_int8_come_back_within_half_a_scale():
 def test_blocks_of_packed_codes_count_codes_not_bytes():
     q = torch.full((1, 4), 0x22, dtype=torch.uint8)  # 1.0 eight times
     assert block_dequant(q, torch.tensor([[1.0, 2.0]]), 1, 4, "float32").tolist() == [[1.0] * 4 + [2.0] * 4]
+
+
+def test_factors_are_not_rounded_before_the_product():
+    make = Make(seed=7)
+    q, scale = codes(make, 70, 100), make.uniform(3, 3)
+    single, half = (block_dequant(q, scale, **BLOCKS, out_dtype=name) for name in ("float32", "bfloat16"))
+    assert torch.equal(half, single.bfloat16())

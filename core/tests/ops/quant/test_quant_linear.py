@@ -79,8 +79,28 @@ def test_float64_activations_and_float32_ones_meet_the_weight_as_the_same_codes(
     assert torch.equal(quant_linear(x, **weight, **DOUBLE), quant_linear(x.double(), **weight, **DOUBLE))
 
 
-def test_no_columns_give_zeros():
-    assert quant_linear(torch.ones(2, 0), torch.ones(3, 0)).tolist() == [[0.0] * 3] * 2
+@pytest.mark.parametrize("kind", ["float", "fp8", "fp4", "int8"])
+def test_no_columns_give_zeros(kind):
+    weight = {"weight": torch.ones(3, 0)} if kind == "float" else made_weight(Make(seed=9), kind, 3, 0)
+    assert quant_linear(torch.ones(2, 0), **weight).tolist() == [[0.0] * 3] * 2
+
+
+@pytest.mark.parametrize(("block_n", "block_k"), [(128, 128), (32, 32), (24, 40)], ids=["v3", "v41", "unequal"])
+@pytest.mark.parametrize("act_group", [128, 32])
+def test_product_of_values_with_their_own_blocks_and_groups(block_n, block_k, act_group):
+    make = Make(seed=10)
+    weight = made_weight(make, "fp8", 140, 200, block_n, block_k, scale="float32")
+    x = make.normal(3, 200) * torch.exp2(torch.arange(200) // 32).float()
+    q, scale = act_quant_fp8(x, act_group)
+    wanted = block_dequant(q, scale, 1, act_group, "float64") @ values_of(weight, block_n, block_k).T
+    y = quant_linear(x, **weight, act_group=act_group, block_n=block_n, block_k=block_k, **DOUBLE)
+    torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_square_weight_is_used_transposed():
+    make = Make(torch.float64, seed=11)
+    x, weight = make.normal(3, 8), make.normal(8, 8)
+    torch.testing.assert_close(quant_linear(x, weight, **DOUBLE), torch.einsum("tk,nk->tn", x, weight))
 
 
 def test_row_does_not_depend_on_the_others():

@@ -1,9 +1,11 @@
 """Facts of hc_head that no sample states."""
 
+import pytest
 import torch
 
 from isolith import Make
 from isolith.ops.residual import hc_head, hc_pre
+from isolith.ops.residual.hc_head import weights as head_weights
 from isolith.ops.residual.hc_pre import weights
 
 DOUBLE = torch.float64
@@ -29,3 +31,19 @@ def test_coefficients_do_not_sum_to_1():
     streams = torch.ones(1, 4, 8, dtype=DOUBLE)
     x = hc_head(streams, torch.zeros(4, 32, dtype=DOUBLE), torch.ones(1, dtype=DOUBLE), torch.zeros(4, dtype=DOUBLE))
     torch.testing.assert_close(x, torch.full((1, 8), 4 * (0.5 + 1e-6), dtype=DOUBLE))
+
+
+def test_scale_multiplies_and_base_is_added():
+    # Both streams are 1, so that z is fn's row, [2, 0] and [0, 2], times [1, 1].
+    fn = torch.tensor([[2.0, 0.0], [0.0, 2.0]], dtype=DOUBLE)
+    streams, base = torch.ones(1, 2, 1, dtype=DOUBLE), torch.tensor([-6.0, -50.0], dtype=DOUBLE)
+    x = hc_head(streams, fn, torch.full((1,), 3.0, dtype=DOUBLE), base, norm_eps=1e-30, hc_eps=1e-30)
+    torch.testing.assert_close(x, torch.tensor([[0.5]], dtype=DOUBLE))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_streams_are_mixed_as_their_values_and_rounded_once(dtype):
+    make = Make(dtype, seed=2)
+    call = {"streams": make.normal(5, 4, 32), **head_weights(make, 4, 32)}
+    x, wide = hc_head(**call), hc_head(**{name: value.double() for name, value in call.items()})
+    assert bool(((x.double() - wide).abs() <= 0.501 * torch.finfo(dtype).eps * wide.abs() + 1e-6).all())

@@ -1,5 +1,7 @@
 """Facts of hc_pre that no sample states."""
 
+import math
+
 import pytest
 import torch
 
@@ -22,6 +24,10 @@ def worked(streams, base, scale=(1.0, 1.0, 1.0), fn=None, **scalars):
     n, hidden = streams.shape[1:]
     fn = torch.zeros((2 + n) * n, n * hidden, dtype=DOUBLE) if fn is None else fn
     return hc_pre(streams, fn, torch.tensor(scale, dtype=DOUBLE), torch.tensor(base, dtype=DOUBLE), **scalars)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
 def test_pre_is_a_sigmoid_of_the_first_slice_of_base_plus_eps():
@@ -90,3 +96,27 @@ def test_token_does_not_depend_on_others():
     call["streams"][1:] = float("nan")
     together = [result[:1] for result in hc_pre(**call)]
     torch.testing.assert_close(together, list(alone), rtol=1e-6, atol=1e-7)
+
+
+def test_every_coefficient_is_of_its_own_slice_scale_and_base():
+    call = random_call(n=3)
+    streams, fn, scale, base = (call[name] for name in ("streams", "fn", "scale", "base"))
+    x, post, comb = hc_pre(**call)
+    for t in range(5):
+        v = torch.cat(list(streams[t]))
+        z = [float(row @ v) / (float(v @ v) / 96 + 1e-6) ** 0.5 for row in fn]
+        pre = [1 / (1 + math.exp(-(scale[0] * z[j] + base[j]))) + 1e-6 for j in range(3)]
+        wanted = [2 / (1 + math.exp(-(scale[1] * z[3 + j] + base[3 + j]))) for j in range(3)]
+        logits = [[scale[2] * z[6 + 3 * j + k] + base[6 + 3 * j + k] for k in range(3)] for j in range(3)]
+        close(x[t], sum(weight * stream for weight, stream in zip(pre, streams[t], strict=True)))
+        close(post[t], torch.tensor(wanted, dtype=DOUBLE))
+        close(comb[t], sinkhorn(torch.tensor(logits, dtype=DOUBLE)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_streams_are_mixed_as_their_values_and_rounded_once(dtype):
+    call = random_call(dtype=dtype)
+    wide = {name: value.double() for name, value in call.items()}
+    (x, *coefficients), (wide_x, *wide_coefficients) = hc_pre(**call), hc_pre(**wide)
+    torch.testing.assert_close([c.double() for c in coefficients], wide_coefficients, rtol=1e-5, atol=1e-6)
+    assert bool(((x.double() - wide_x).abs() <= 0.501 * torch.finfo(dtype).eps * wide_x.abs() + 1e-6).all())

@@ -69,3 +69,11 @@ def test_nan_stays_in_its_own_matrix():
     alone = sinkhorn(logits[[0, 2]])
     logits[1, 2, 3] = float("nan")
     assert torch.equal(sinkhorn(logits)[[0, 2]], alone)
+
+
+def test_eps_is_in_every_divisor():
+    comb = torch.tensor([[0.5 + 0.25, 0.5 + 0.25], [0.5 + 0.25, 0.5 + 0.25]], dtype=DOUBLE)
+    column = comb / (1.5 + 0.25)
+    row = column / (column.sum(-1, keepdim=True) + 0.25)
+    expected = row / (row.sum(-2, keepdim=True) + 0.25)
+    torch.testing.assert_close(sinkhorn(torch.zeros(2, 2, dtype=DOUBLE), iters=2, eps=0.25), expected)

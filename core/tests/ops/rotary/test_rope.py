@@ -136,3 +136,11 @@ def test_two_axes_equal_one_head():
 def test_position_of_an_empty_table_is_refused():
     with pytest.raises(ArgumentError, match="below length = 0; got 0"):
         rope(torch.ones(1, 2), torch.tensor([0]), torch.ones(0, 1), torch.ones(0, 1))
+
+
+def test_narrow_rows_are_turned_in_float32_and_rounded_once():
+    cos_table, sin_table = rope_tables(rope_frequencies(64, 10000.0), 64)
+    make = Make(torch.bfloat16, seed=7)
+    x, positions = make.normal(8, 2, 96), make.integers(0, 64, 8)
+    wide = rope(x.float(), positions, cos_table, sin_table)
+    assert torch.equal(rope(x, positions, cos_table, sin_table), wide.bfloat16())
