@@ -46,26 +46,24 @@ def attend(
     q: Tensor, pools: list[tuple[Tensor, Tensor]], softmax_scale: float, sink: Tensor | None, value_dim: int
 ) -> tuple[Tensor, Tensor]:
     """q [tokens, heads, head_dim] over (pool, slots) pairs: (out, lse), both float32."""
-    query, entries, logits = q.float(), [], []
-    for cache, slots in pools:
-        # A weight of 0 does not silence a NaN: an invalid column reads an entry that the token reads anyway.
-        invalid, valid_slot = slots < 0, slots.amax(1, keepdim=True)
-        kv = entries_in_slots(cache, torch.where(invalid, valid_slot, slots))
-        if (valid_slot < 0).any():
-            kv[valid_slot[:, 0] < 0] = 0.0
-        products = torch.bmm(query, kv.transpose(1, 2)).mul_(softmax_scale)
-        logits.append(products.masked_fill_(invalid[:, None, :], -torch.inf))
-        entries.append(kv)
-    joint = torch.cat(logits, dim=-1)
-    largest = joint.amax(-1)
+    # A weight of 0 does not silence a NaN: an invalid column reads an entry that the token reads anyway.
+    valid_slots = [slots.amax(1, keepdim=True) for _, slots in pools]
+    kv = torch.cat(
+        [
+            entries_in_slots(cache, torch.where(slots < 0, valid, slots)).masked_fill_((valid < 0)[..., None], 0.0)
+            for (cache, slots), valid in zip(pools, valid_slots, strict=True)
+        ],
+        dim=1,
+    )
+    invalid = torch.cat([slots for _, slots in pools], dim=1) < 0
+    logits = torch.bmm(q.float(), kv.transpose(1, 2)).mul_(softmax_scale).masked_fill_(invalid[:, None], -torch.inf)
+    largest = logits.amax(-1)
     some = ~largest.isneginf()
     largest = torch.where(some, largest, 0.0)
-    weights = joint.sub_(largest[..., None]).exp_()
+    weights = logits.sub_(largest[..., None]).exp_()
     total = weights.sum(-1)
     denominator = total if sink is None else total + (sink.float() - largest).exp()
-    parts = weights.split([slots.shape[1] for _, slots in pools], dim=-1)
-    out = sum(torch.bmm(part, kv[..., :value_dim]) for part, kv in zip(parts, entries, strict=True))
-    out = torch.where(some[..., None], out / denominator[..., None], 0.0)
+    out = torch.bmm(weights, kv[..., :value_dim]).div_(denominator[..., None]).masked_fill_(~some[..., None], 0.0)
     return out, torch.where(some, largest + total.log(), torch.inf)
 
 

@@ -118,19 +118,7 @@ def group_by_group(
     return sum_in_order(torch.cat(steps, dim=-1), wo_b, wo_b_scale, None, act_quant_b, *rules)
 
 
-def fake(
-    x: Tensor,
-    wo_a: Tensor,
-    wo_b: Tensor,
-    wo_a_scale: Tensor | None = None,
-    wo_b_scale: Tensor | None = None,
-    act_quant_a: str = "none",
-    act_quant_b: str = "auto",
-    act_group: int = 128,
-    scale_format: str = "ue8m0",
-    block_n: int = 128,
-    block_k: int = 128,
-) -> Tensor:
+def fake(x: Tensor, wo_b: Tensor, **_: object) -> Tensor:
     return x.new_empty(x.shape[0], wo_b.shape[0])
 
 
@@ -163,16 +151,12 @@ def cost(
     x: Tensor,
     wo_a: Tensor,
     wo_b: Tensor,
-    wo_a_scale: Tensor | None = None,
-    wo_b_scale: Tensor | None = None,
-    act_quant_a: str = "none",
-    act_quant_b: str = "auto",
-    act_group: int = 128,
-    scale_format: str = "ue8m0",
-    block_n: int = 128,
-    block_k: int = 128,
+    wo_a_scale: Tensor | None,
+    wo_b_scale: Tensor | None,
+    act_quant_b: str,
+    **_: object,
 ) -> Cost:
-    groups, rank, _ = wo_a.shape
+    groups, rank = wo_a.shape[:2]
     tensors = (x, wo_a, wo_b, wo_a_scale, wo_b_scale)
     return Cost(
         flops=2 * x.numel() * rank + 2 * x.shape[0] * groups * rank * wo_b.shape[0],

@@ -53,15 +53,11 @@ def reference(
     write_entries(cache, slot_mapping, codes, scale.to(layout.scale_dtype), rope)
 
 
-def fake(
-    cache: Tensor, x: Tensor, slot_mapping: Tensor, scale_format: str = "ue8m0", amax_floor: float | None = None
-) -> None:
+def fake(**_: object) -> None:
     return None
 
 
-def check(
-    cache: Tensor, x: Tensor, slot_mapping: Tensor, scale_format: str = "ue8m0", amax_floor: float | None = None
-) -> None:
+def check(cache: Tensor, x: Tensor, scale_format: str, amax_floor: float | None, **_: object) -> None:
     check_cache("kv_cache_write", "cache", cache)
     check_scale_format("kv_cache_write", scale_format)
     if x.shape[-1] != entry_dim(cache):
@@ -79,9 +75,7 @@ def check(
         check_amax_floor("kv_cache_write", amax_floor, E2M1_MAX if layout.entry == 68 else E4M3_MAX)
 
 
-def check_values(
-    cache: Tensor, x: Tensor, slot_mapping: Tensor, scale_format: str = "ue8m0", amax_floor: float | None = None
-) -> None:
+def check_values(cache: Tensor, slot_mapping: Tensor, **_: object) -> None:
     check_slots("kv_cache_write", "slot_mapping", slot_mapping, cache)
     slot, count = slot_mapping[slot_mapping >= 0].unique(return_counts=True)
     if slot.numel() and int(count.max()) > 1:
@@ -89,9 +83,7 @@ def check_values(
         raise ArgumentError(f"kv_cache_write: slot_mapping must name a slot at most once; got {twice} again.")
 
 
-def cost(
-    cache: Tensor, x: Tensor, slot_mapping: Tensor, scale_format: str = "ue8m0", amax_floor: float | None = None
-) -> Cost:
+def cost(cache: Tensor, x: Tensor, slot_mapping: Tensor, **_: object) -> Cost:
     quantised = cache.dtype == torch.uint8
     return Cost(
         flops=4 * x.numel() if quantised else 0,  # magnitude, maximum, division, rounding

@@ -133,18 +133,7 @@ def scaled_sums(
     return y.to(FLOAT_NAMES[out_dtype])
 
 
-def fake(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor | None = None,
-    x_scale: Tensor | None = None,
-    act_quant: str = "auto",
-    act_group: int = 128,
-    scale_format: str = "ue8m0",
-    block_n: int = 128,
-    block_k: int = 128,
-    out_dtype: str = "bfloat16",
-) -> Tensor:
+def fake(x: Tensor, weight: Tensor, out_dtype: str, **_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=FLOAT_NAMES[out_dtype])
 
 
@@ -175,14 +164,11 @@ def check(
 def cost(
     x: Tensor,
     weight: Tensor,
-    weight_scale: Tensor | None = None,
-    x_scale: Tensor | None = None,
-    act_quant: str = "auto",
-    act_group: int = 128,
-    scale_format: str = "ue8m0",
-    block_n: int = 128,
-    block_k: int = 128,
-    out_dtype: str = "bfloat16",
+    weight_scale: Tensor | None,
+    x_scale: Tensor | None,
+    act_quant: str,
+    out_dtype: str,
+    **_: object,
 ) -> Cost:
     rows = x.numel() // max(x.shape[-1], 1)
     scales = sum(scale.nbytes for scale in (weight_scale, x_scale) if scale is not None)

@@ -60,25 +60,19 @@ def multiplied_in_tf32(
     return collapsed(streams, stream_mix.multiplied_in_tf32(streams, fn, norm_eps), scale, base, hc_eps)
 
 
-def fake(
-    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float = 1e-6, hc_eps: float = 1e-6
-) -> Tensor:
-    tokens, _, hidden = streams.shape
+def fake(streams: Tensor, **_: object) -> Tensor:
+    tokens, hidden = streams.shape[0], streams.shape[2]
     return streams.new_empty((tokens, hidden))
 
 
-def check(
-    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float = 1e-6, hc_eps: float = 1e-6
-) -> None:
+def check(norm_eps: float, hc_eps: float, **_: object) -> None:
     if not norm_eps > 0:
         raise ArgumentError(f"hc_head: norm_eps must be positive; got {norm_eps}.")
     if not hc_eps > 0:
         raise ArgumentError(f"hc_head: hc_eps must be positive; got {hc_eps}.")
 
 
-def cost(
-    streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, norm_eps: float = 1e-6, hc_eps: float = 1e-6
-) -> Cost:
+def cost(streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, **_: object) -> Cost:
     tokens, n, hidden = streams.shape
     return Cost(
         flops=2 * tokens * n * hidden * (n + 2),  # fn, the squares, the collapse

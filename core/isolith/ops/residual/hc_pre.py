@@ -98,15 +98,7 @@ def multiplied_in_tf32(
     return mixed(streams, z, scale, base, sinkhorn_iters, hc_eps)
 
 
-def fake(
-    streams: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    sinkhorn_iters: int = 20,
-    norm_eps: float = 1e-6,
-    hc_eps: float = 1e-6,
-) -> tuple[Tensor, Tensor, Tensor]:
+def fake(streams: Tensor, **_: object) -> tuple[Tensor, Tensor, Tensor]:
     tokens, n, hidden = streams.shape
     wide = widen(streams.dtype)
     return (
@@ -116,15 +108,7 @@ def fake(
     )
 
 
-def check(
-    streams: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    sinkhorn_iters: int = 20,
-    norm_eps: float = 1e-6,
-    hc_eps: float = 1e-6,
-) -> None:
+def check(sinkhorn_iters: int, norm_eps: float, hc_eps: float, **_: object) -> None:
     if sinkhorn_iters < 1:
         raise ArgumentError(f"hc_pre: sinkhorn_iters must be at least 1; got {sinkhorn_iters}.")
     if not norm_eps > 0:
@@ -133,15 +117,7 @@ def check(
         raise ArgumentError(f"hc_pre: hc_eps must be positive; got {hc_eps}.")
 
 
-def cost(
-    streams: Tensor,
-    fn: Tensor,
-    scale: Tensor,
-    base: Tensor,
-    sinkhorn_iters: int = 20,
-    norm_eps: float = 1e-6,
-    hc_eps: float = 1e-6,
-) -> Cost:
+def cost(streams: Tensor, fn: Tensor, scale: Tensor, base: Tensor, sinkhorn_iters: int, **_: object) -> Cost:
     tokens, n, hidden = streams.shape
     wide = widen(streams.dtype).itemsize
     coefficients = n + n * n

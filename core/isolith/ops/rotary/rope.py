@@ -92,27 +92,11 @@ def fused_products(
     return with_pairs(x, (a * cos - b_sin).to(wide), (b * cos + a_sin).to(wide), interleaved, rope_first)
 
 
-def fake(
-    x: Tensor,
-    positions: Tensor,
-    cos_table: Tensor,
-    sin_table: Tensor,
-    inverse: bool = False,
-    interleaved: bool = True,
-    rope_first: bool = False,
-) -> Tensor:
+def fake(x: Tensor, **_: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def check(
-    x: Tensor,
-    positions: Tensor,
-    cos_table: Tensor,
-    sin_table: Tensor,
-    inverse: bool = False,
-    interleaved: bool = True,
-    rope_first: bool = False,
-) -> None:
+def check(x: Tensor, positions: Tensor, cos_table: Tensor, **_: object) -> None:
     if x.dim() not in (2, 3):
         raise ArgumentError(
             f"rope: x must be [tokens head_dim] or [tokens heads head_dim]; got shape {tuple(x.shape)}."
@@ -125,15 +109,7 @@ def check(
         )
 
 
-def check_values(
-    x: Tensor,
-    positions: Tensor,
-    cos_table: Tensor,
-    sin_table: Tensor,
-    inverse: bool = False,
-    interleaved: bool = True,
-    rope_first: bool = False,
-) -> None:
+def check_values(positions: Tensor, cos_table: Tensor, **_: object) -> None:
     if not positions.numel():
         return
     length, lowest, highest = cos_table.shape[0], int(positions.min()), int(positions.max())
@@ -143,15 +119,7 @@ def check_values(
         )
 
 
-def cost(
-    x: Tensor,
-    positions: Tensor,
-    cos_table: Tensor,
-    sin_table: Tensor,
-    inverse: bool = False,
-    interleaved: bool = True,
-    rope_first: bool = False,
-) -> Cost:
+def cost(x: Tensor, positions: Tensor, cos_table: Tensor, **_: object) -> Cost:
     tokens, pairs = x.shape[0], cos_table.shape[1]
     heads = x.shape[1] if x.dim() == 3 else 1
     rows = min(tokens, cos_table.shape[0])
