@@ -36,6 +36,15 @@ def test_nan_where_gold_has_nan_passes():
     assert verdict("swiglu", call, results_of("swiglu", call)).problem is None
 
 
+def test_an_overflow_to_infinity_is_right_and_saturation_is_wrong():
+    x = torch.full((1, 4), 2.0, dtype=torch.float16)
+    call = isolith.quant_linear.arguments(x, torch.full((3, 4), 60000.0, dtype=torch.float16), out_dtype="float16")
+    (result,) = results_of("quant_linear", call)
+    assert result.isinf().all()
+    assert verdict("quant_linear", call, [result]).problem is None
+    assert verdict("quant_linear", call, [torch.full_like(result, 65504.0)]).problem is not None
+
+
 def truncated(y):
     """Rounded toward zero."""
     return (y.float().view(torch.int32) & ~0xFFFF).view(torch.float32).bfloat16()

@@ -106,6 +106,8 @@ def bind_names(
             continue
         known = sizes.setdefault(axis, size)
         first = found_in.setdefault(axis, shape.name)
+        if known != size and first == shape.name:
+            raise ArgumentError(f"{operator}: {axis} is both {known} and {size} in {shape.name}.")
         if known != size:
             raise ArgumentError(f"{operator}: {axis} is {known} in {first} but {size} in {shape.name}.")
 

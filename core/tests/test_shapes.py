@@ -31,6 +31,7 @@ def test_integer_argument_is_an_axis():
         ("x[t h] w[2*h] -> y[t]", {"x": (3, 4), "w": (9,)}, "op: axis 0 of w [2*h] must be 2*h = 8; got 9."),
         ("w[2*h] x[t h] -> y[t]", {"x": (3, 4), "w": (9,)}, "op: axis 0 of w [2*h] must be 2*h = 8; got 9."),
         ("x[t 3] -> y[t]", {"x": (3, 4)}, "op: axis 1 of x [t 3] must be 3; got 4."),
+        ("x[n n] -> y[n]", {"x": (3, 4)}, "op: n is both 3 and 4 in x."),
         ("x[t k] -> y[t]", {"x": (3, 4), "k": 5}, "op: k is 5 in the arguments but 4 in x."),
     ],
 )

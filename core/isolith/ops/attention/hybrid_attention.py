@@ -25,8 +25,8 @@ from torch import Tensor
 
 from isolith.dtypes import FLOAT, INT32, INTEGER, PACKED, WIDE, widen
 from isolith.errors import ArgumentError
-from isolith.numerics.byte_pools import byte_pool
-from isolith.numerics.paged_samples import pool_of_items
+from isolith.materials.batches import pool_of_items
+from isolith.materials.byte_pools import byte_pool
 from isolith.numerics.pages import check_block_table, check_cache, check_held, entry_dim, slots_of_items
 from isolith.numerics.ragged import check_cu_seqlens, check_start_pos, items_of_spans, positions_of_tokens
 from isolith.operator import Cost, Operator
@@ -125,21 +125,7 @@ def rounded_weights(
     )
 
 
-def fake(
-    q: Tensor,
-    window_cache: Tensor,
-    window_block_table: Tensor,
-    cu_seqlens: Tensor,
-    start_pos: Tensor,
-    window: int,
-    softmax_scale: float,
-    sink: Tensor | None = None,
-    ratio: int = 0,
-    compressed_cache: Tensor | None = None,
-    compressed_block_table: Tensor | None = None,
-    topk_indices: Tensor | None = None,
-    topk_length: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def fake(q: Tensor, **_: object) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     return out, q.new_empty(q.shape[0], q.shape[1], dtype=widen(q.dtype))
 
@@ -147,17 +133,13 @@ def fake(
 def check(
     q: Tensor,
     window_cache: Tensor,
-    window_block_table: Tensor,
-    cu_seqlens: Tensor,
-    start_pos: Tensor,
     window: int,
-    softmax_scale: float,
-    sink: Tensor | None = None,
-    ratio: int = 0,
-    compressed_cache: Tensor | None = None,
-    compressed_block_table: Tensor | None = None,
-    topk_indices: Tensor | None = None,
-    topk_length: Tensor | None = None,
+    ratio: int,
+    compressed_cache: Tensor | None,
+    compressed_block_table: Tensor | None,
+    topk_indices: Tensor | None,
+    topk_length: Tensor | None,
+    **_: object,
 ) -> None:
     if window < 1:
         raise ArgumentError(f"hybrid_attention: window must be at least 1; got {window}.")
@@ -189,13 +171,11 @@ def check_values(
     cu_seqlens: Tensor,
     start_pos: Tensor,
     window: int,
-    softmax_scale: float,
-    sink: Tensor | None = None,
-    ratio: int = 0,
-    compressed_cache: Tensor | None = None,
-    compressed_block_table: Tensor | None = None,
-    topk_indices: Tensor | None = None,
-    topk_length: Tensor | None = None,
+    ratio: int,
+    compressed_cache: Tensor | None,
+    compressed_block_table: Tensor | None,
+    topk_indices: Tensor | None,
+    **_: object,
 ) -> None:
     check_cu_seqlens("hybrid_attention", cu_seqlens, q.shape[0])
     check_start_pos("hybrid_attention", start_pos)
@@ -218,17 +198,12 @@ def check_values(
 def cost(
     q: Tensor,
     window_cache: Tensor,
-    window_block_table: Tensor,
-    cu_seqlens: Tensor,
-    start_pos: Tensor,
     window: int,
-    softmax_scale: float,
-    sink: Tensor | None = None,
-    ratio: int = 0,
-    compressed_cache: Tensor | None = None,
-    compressed_block_table: Tensor | None = None,
-    topk_indices: Tensor | None = None,
-    topk_length: Tensor | None = None,
+    sink: Tensor | None,
+    compressed_cache: Tensor | None,
+    compressed_block_table: Tensor | None,
+    topk_indices: Tensor | None,
+    **_: object,
 ) -> Cost:
     tokens, heads, head_dim = q.shape
     columns, read = window, 0

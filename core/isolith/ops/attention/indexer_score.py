@@ -21,8 +21,8 @@ from torch import Tensor
 
 from isolith.dtypes import E4M3, FLOAT, FLOAT_NAMES, INT32, PACKED, SCALE, listed
 from isolith.errors import ArgumentError
+from isolith.materials.indexer import batch_of_scores, errors_of_indexer, quantised_kinds
 from isolith.numerics.codes import decode
-from isolith.numerics.indexer_samples import batch_of_scores, errors_of_indexer, quantised_kinds
 from isolith.numerics.pages import check_block_table, check_cache, entry_dim, read_entries, slots_of_items
 from isolith.numerics.ragged import check_cu_seqlens, check_start_pos, positions_of_tokens
 from isolith.operator import Cost, Operator
@@ -129,34 +129,12 @@ def split_dot(
     return torch.where(visible, scores, -torch.inf).to(FLOAT_NAMES[out_dtype])
 
 
-def fake(
-    q: Tensor,
-    weights: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    start_pos: Tensor,
-    ratio: int,
-    max_entries: int,
-    softmax_scale: float = 1.0,
-    q_scale: Tensor | None = None,
-    out_dtype: str = "float32",
-) -> Tensor:
+def fake(q: Tensor, max_entries: int, out_dtype: str, **_: object) -> Tensor:
     return q.new_empty(q.shape[0], max_entries, dtype=FLOAT_NAMES[out_dtype])
 
 
 def check(
-    q: Tensor,
-    weights: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    start_pos: Tensor,
-    ratio: int,
-    max_entries: int,
-    softmax_scale: float = 1.0,
-    q_scale: Tensor | None = None,
-    out_dtype: str = "float32",
+    q: Tensor, k_cache: Tensor, ratio: int, max_entries: int, q_scale: Tensor | None, out_dtype: str, **_: object
 ) -> None:
     check_indexer("indexer_score", q, k_cache, ratio, max_entries, q_scale, out_dtype)
 
@@ -191,16 +169,13 @@ def check_indexer(
 
 def check_values(
     q: Tensor,
-    weights: Tensor,
     k_cache: Tensor,
     block_table: Tensor,
     cu_seqlens: Tensor,
     start_pos: Tensor,
     ratio: int,
     max_entries: int,
-    softmax_scale: float = 1.0,
-    q_scale: Tensor | None = None,
-    out_dtype: str = "float32",
+    **_: object,
 ) -> None:
     check_indexer_values("indexer_score", q, k_cache, block_table, cu_seqlens, start_pos, ratio, max_entries)
 
@@ -232,14 +207,11 @@ def cost(
     q: Tensor,
     weights: Tensor,
     k_cache: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
     start_pos: Tensor,
-    ratio: int,
     max_entries: int,
-    softmax_scale: float = 1.0,
-    q_scale: Tensor | None = None,
-    out_dtype: str = "float32",
+    q_scale: Tensor | None,
+    out_dtype: str,
+    **_: object,
 ) -> Cost:
     keys = min(start_pos.shape[0] * max_entries, k_cache.shape[0] * k_cache.shape[1])
     return Cost(

@@ -52,28 +52,24 @@ def listed(candidates: Tensor, candidate_block: int, entries: int) -> Tensor:
     return marks[:, torch.arange(entries, device=candidates.device) // candidate_block]
 
 
-def scores_of(
-    scores: Tensor, lengths: Tensor, k: int, candidates: Tensor | None = None, candidate_block: int = 1
-) -> Tensor:
+def scores_of(scores: Tensor, **_: object) -> Tensor:
     """What the selection ranks."""
     return scores
 
 
-def fake(
-    scores: Tensor, lengths: Tensor, k: int, candidates: Tensor | None = None, candidate_block: int = 1
-) -> tuple[Tensor, Tensor]:
+def fake(scores: Tensor, lengths: Tensor, k: int, **_: object) -> tuple[Tensor, Tensor]:
     tokens = scores.shape[0]
     return lengths.new_empty(tokens, k, dtype=torch.int32), lengths.new_empty(tokens, dtype=torch.int32)
 
 
-def check(scores: Tensor, lengths: Tensor, k: int, candidates: Tensor | None = None, candidate_block: int = 1) -> None:
+def check(k: int, candidate_block: int, **_: object) -> None:
     if k < 1:
         raise ArgumentError(f"indexer_topk: k must be at least 1; got {k}.")
     if candidate_block < 1:
         raise ArgumentError(f"indexer_topk: candidate_block must be at least 1; got {candidate_block}.")
 
 
-def cost(scores: Tensor, lengths: Tensor, k: int, candidates: Tensor | None = None, candidate_block: int = 1) -> Cost:
+def cost(scores: Tensor, lengths: Tensor, k: int, candidates: Tensor | None, **_: object) -> Cost:
     return Cost(
         flops=scores.numel(),  # one comparison with the k-th largest each
         bytes_read=scores.nbytes + lengths.nbytes + (0 if candidates is None else candidates.nbytes),

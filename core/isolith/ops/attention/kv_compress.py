@@ -35,8 +35,8 @@ from torch import Tensor
 
 from isolith.dtypes import FLOAT, INT32, WIDE, widen
 from isolith.errors import ArgumentError
+from isolith.materials.batches import pages_or_ring
 from isolith.numerics import windows
-from isolith.numerics.paged_samples import pages_or_ring
 from isolith.numerics.pages import check_block_table, read_entries
 from isolith.numerics.ragged import check_cu_seqlens, check_start_pos, positions_of_tokens
 from isolith.numerics.rope_tables import rope_frequencies, rope_tables
@@ -120,20 +120,13 @@ def fused(
 
 def defined(
     x: Tensor,
-    wkv: Tensor,
-    wgate: Tensor,
-    norm_weight: Tensor,
-    cos_table: Tensor,
-    sin_table: Tensor,
     state_cache: Tensor,
     state_block_table: Tensor,
     cu_seqlens: Tensor,
     start_pos: Tensor,
     ratio: int,
-    ape: Tensor | None = None,
-    overlap: bool = False,
-    rotate: bool = False,
-    eps: float = 1e-6,
+    overlap: bool,
+    **_: object,
 ) -> tuple[Tensor | None, ...]:
     entries = windows.entries_of_call(cu_seqlens, start_pos, x.shape[0], ratio)
     lengths = start_pos + cu_seqlens.diff()
@@ -141,42 +134,21 @@ def defined(
 
 
 def fake(
-    x: Tensor,
-    wkv: Tensor,
-    wgate: Tensor,
-    norm_weight: Tensor,
-    cos_table: Tensor,
-    sin_table: Tensor,
-    state_cache: Tensor,
-    state_block_table: Tensor,
-    cu_seqlens: Tensor,
-    start_pos: Tensor,
-    ratio: int,
-    ape: Tensor | None = None,
-    overlap: bool = False,
-    rotate: bool = False,
-    eps: float = 1e-6,
+    x: Tensor, norm_weight: Tensor, cu_seqlens: Tensor, start_pos: Tensor, ratio: int, **_: object
 ) -> tuple[Tensor, Tensor]:
     rows = windows.max_entries_of_call(x.shape[0], start_pos.shape[0], ratio)
     return x.new_empty(rows, norm_weight.shape[0]), torch.empty_like(cu_seqlens, memory_format=torch.contiguous_format)
 
 
 def check(
-    x: Tensor,
     wkv: Tensor,
-    wgate: Tensor,
     norm_weight: Tensor,
     cos_table: Tensor,
-    sin_table: Tensor,
-    state_cache: Tensor,
-    state_block_table: Tensor,
-    cu_seqlens: Tensor,
-    start_pos: Tensor,
     ratio: int,
-    ape: Tensor | None = None,
-    overlap: bool = False,
-    rotate: bool = False,
-    eps: float = 1e-6,
+    overlap: bool,
+    rotate: bool,
+    eps: float,
+    **_: object,
 ) -> None:
     if ratio < 1:
         raise ArgumentError(f"kv_compress: ratio must be at least 1; got {ratio}.")
@@ -198,20 +170,14 @@ def check(
 
 def check_values(
     x: Tensor,
-    wkv: Tensor,
-    wgate: Tensor,
-    norm_weight: Tensor,
     cos_table: Tensor,
-    sin_table: Tensor,
     state_cache: Tensor,
     state_block_table: Tensor,
     cu_seqlens: Tensor,
     start_pos: Tensor,
     ratio: int,
-    ape: Tensor | None = None,
-    overlap: bool = False,
-    rotate: bool = False,
-    eps: float = 1e-6,
+    overlap: bool,
+    **_: object,
 ) -> None:
     check_cu_seqlens("kv_compress", cu_seqlens, x.shape[0])
     check_start_pos("kv_compress", start_pos)
@@ -226,16 +192,13 @@ def cost(
     wgate: Tensor,
     norm_weight: Tensor,
     cos_table: Tensor,
-    sin_table: Tensor,
     state_cache: Tensor,
     state_block_table: Tensor,
     cu_seqlens: Tensor,
     start_pos: Tensor,
     ratio: int,
-    ape: Tensor | None = None,
-    overlap: bool = False,
-    rotate: bool = False,
-    eps: float = 1e-6,
+    ape: Tensor | None,
+    **_: object,
 ) -> Cost:
     tokens, hidden = x.shape
     channels, dim, pairs = wkv.shape[0], norm_weight.shape[0], cos_table.shape[1]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from isolith.dtypes import E4M3, FLOAT, INT32, INTEGER, PACKED, SCALE
 from isolith.errors import ArgumentError
-from isolith.numerics.indexer_samples import batch_of_scores, errors_of_indexer, quantised_kinds
+from isolith.materials.indexer import batch_of_scores, errors_of_indexer, quantised_kinds
 from isolith.numerics.pages import entry_dim
 from isolith.numerics.ragged import positions_of_tokens
 from isolith.operator import Cost, Operator
@@ -68,13 +68,11 @@ def scores_of(
     cu_seqlens: Tensor,
     start_pos: Tensor,
     ratio: int,
-    k: int,
     max_entries: int,
-    softmax_scale: float = 1.0,
-    q_scale: Tensor | None = None,
-    out_dtype: str = "float32",
-    candidates: Tensor | None = None,
-    candidate_block: int = 1,
+    softmax_scale: float,
+    q_scale: Tensor | None,
+    out_dtype: str,
+    **_: object,
 ) -> Tensor:
     """What the selection ranks."""
     return reference_scores(
@@ -83,40 +81,20 @@ def scores_of(
     )
 
 
-def fake(
-    q: Tensor,
-    weights: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    start_pos: Tensor,
-    ratio: int,
-    k: int,
-    max_entries: int,
-    softmax_scale: float = 1.0,
-    q_scale: Tensor | None = None,
-    out_dtype: str = "float32",
-    candidates: Tensor | None = None,
-    candidate_block: int = 1,
-) -> tuple[Tensor, Tensor]:
+def fake(q: Tensor, k: int, **_: object) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape[0], k, dtype=torch.int32), q.new_empty(q.shape[0], dtype=torch.int32)
 
 
 def check(
     q: Tensor,
-    weights: Tensor,
     k_cache: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    start_pos: Tensor,
     ratio: int,
     k: int,
     max_entries: int,
-    softmax_scale: float = 1.0,
-    q_scale: Tensor | None = None,
-    out_dtype: str = "float32",
-    candidates: Tensor | None = None,
-    candidate_block: int = 1,
+    q_scale: Tensor | None,
+    out_dtype: str,
+    candidate_block: int,
+    **_: object,
 ) -> None:
     check_indexer("lightning_indexer", q, k_cache, ratio, max_entries, q_scale, out_dtype)
     if k < 1:
@@ -127,19 +105,13 @@ def check(
 
 def check_values(
     q: Tensor,
-    weights: Tensor,
     k_cache: Tensor,
     block_table: Tensor,
     cu_seqlens: Tensor,
     start_pos: Tensor,
     ratio: int,
-    k: int,
     max_entries: int,
-    softmax_scale: float = 1.0,
-    q_scale: Tensor | None = None,
-    out_dtype: str = "float32",
-    candidates: Tensor | None = None,
-    candidate_block: int = 1,
+    **_: object,
 ) -> None:
     check_indexer_values("lightning_indexer", q, k_cache, block_table, cu_seqlens, start_pos, ratio, max_entries)
 
@@ -148,17 +120,13 @@ def cost(
     q: Tensor,
     weights: Tensor,
     k_cache: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
     start_pos: Tensor,
-    ratio: int,
     k: int,
     max_entries: int,
-    softmax_scale: float = 1.0,
-    q_scale: Tensor | None = None,
-    out_dtype: str = "float32",
-    candidates: Tensor | None = None,
-    candidate_block: int = 1,
+    q_scale: Tensor | None,
+    candidates: Tensor | None,
+    candidate_block: int,
+    **_: object,
 ) -> Cost:
     competing, heads = max_entries, q.shape[1]
     if candidates is not None:

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from isolith.dtypes import FLOAT, INT32, INTEGER, PACKED, widen
 from isolith.errors import ArgumentError
-from isolith.numerics.byte_pools import byte_pool
+from isolith.materials.batches import pool_of_items
+from isolith.materials.byte_pools import byte_pool
 from isolith.numerics.lists import slots_of_columns
-from isolith.numerics.paged_samples import pool_of_items
 from isolith.numerics.pages import check_block_table, check_cache, entry_dim, read_entries
 from isolith.numerics.ragged import check_cu_seqlens, check_start_pos, positions_of_tokens
 from isolith.operator import Cost, Operator
@@ -129,35 +129,13 @@ def rounded_between(
     return torch.einsum("thc,hvc->thv", out.to(dtype), w_uv.to(dtype)).to(q.dtype).contiguous(), lse
 
 
-def fake(
-    q: Tensor,
-    kv_cache: Tensor,
-    w_uk: Tensor,
-    w_uv: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    start_pos: Tensor,
-    softmax_scale: float,
-    absorbed: bool = True,
-    topk_indices: Tensor | None = None,
-    topk_length: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    tokens, heads, _ = q.shape
+def fake(q: Tensor, w_uv: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+    tokens, heads = q.shape[:2]
     return q.new_empty(tokens, heads, w_uv.shape[1]), q.new_empty(tokens, heads, dtype=widen(q.dtype))
 
 
 def check(
-    q: Tensor,
-    kv_cache: Tensor,
-    w_uk: Tensor,
-    w_uv: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    start_pos: Tensor,
-    softmax_scale: float,
-    absorbed: bool = True,
-    topk_indices: Tensor | None = None,
-    topk_length: Tensor | None = None,
+    q: Tensor, kv_cache: Tensor, w_uk: Tensor, topk_indices: Tensor | None, topk_length: Tensor | None, **_: object
 ) -> None:
     check_cache("mla_attention", "kv_cache", kv_cache)
     rotary = q.shape[2] - w_uk.shape[1]
@@ -175,17 +153,7 @@ def check(
 
 
 def check_values(
-    q: Tensor,
-    kv_cache: Tensor,
-    w_uk: Tensor,
-    w_uv: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    start_pos: Tensor,
-    softmax_scale: float,
-    absorbed: bool = True,
-    topk_indices: Tensor | None = None,
-    topk_length: Tensor | None = None,
+    q: Tensor, kv_cache: Tensor, block_table: Tensor, cu_seqlens: Tensor, start_pos: Tensor, **_: object
 ) -> None:
     check_cu_seqlens("mla_attention", cu_seqlens, q.shape[0])
     check_start_pos("mla_attention", start_pos)
@@ -198,15 +166,13 @@ def cost(
     w_uk: Tensor,
     w_uv: Tensor,
     block_table: Tensor,
-    cu_seqlens: Tensor,
     start_pos: Tensor,
-    softmax_scale: float,
-    absorbed: bool = True,
-    topk_indices: Tensor | None = None,
-    topk_length: Tensor | None = None,
+    absorbed: bool,
+    topk_indices: Tensor | None,
+    **_: object,
 ) -> Cost:
-    tokens, heads, _ = q.shape
-    (_, nope, latent), values, dim = w_uk.shape, w_uv.shape[1], entry_dim(kv_cache)
+    tokens, heads = q.shape[:2]
+    (nope, latent), values, dim = w_uk.shape[1:], w_uv.shape[1], entry_dim(kv_cache)
     pool = kv_cache.shape[0] * kv_cache.shape[1]
     # Positions are data: without lists, every token is taken to see what the tables can hold.
     columns = block_table.shape[1] * kv_cache.shape[1] if topk_indices is None else topk_indices.shape[1]

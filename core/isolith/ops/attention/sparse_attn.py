@@ -26,7 +26,7 @@ from torch import Tensor
 
 from isolith.dtypes import FLOAT, INT32, INTEGER, PACKED, WIDE, widen
 from isolith.errors import ArgumentError
-from isolith.numerics.byte_pools import byte_pool
+from isolith.materials.byte_pools import byte_pool
 from isolith.numerics.lists import listed_entries
 from isolith.numerics.pages import check_block_table, check_cache, entry_dim
 from isolith.numerics.ragged import check_cu_seqlens
@@ -146,21 +146,7 @@ def with_sink(
     return out.to(q.dtype).contiguous(), torch.where(some, lse, torch.inf)
 
 
-def fake(
-    q: Tensor,
-    kv_cache: Tensor,
-    indices: Tensor,
-    softmax_scale: float,
-    sink: Tensor | None = None,
-    topk_length: Tensor | None = None,
-    block_table: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    extra_kv_cache: Tensor | None = None,
-    extra_indices: Tensor | None = None,
-    extra_topk_length: Tensor | None = None,
-    extra_block_table: Tensor | None = None,
-    value_dim: int = 0,
-) -> tuple[Tensor, Tensor]:
+def fake(q: Tensor, value_dim: int, **_: object) -> tuple[Tensor, Tensor]:
     tokens, heads, head_dim = q.shape
     return q.new_empty(tokens, heads, value_dim or head_dim), q.new_empty(tokens, heads, dtype=widen(q.dtype))
 
@@ -168,17 +154,14 @@ def fake(
 def check(
     q: Tensor,
     kv_cache: Tensor,
-    indices: Tensor,
-    softmax_scale: float,
-    sink: Tensor | None = None,
-    topk_length: Tensor | None = None,
-    block_table: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    extra_kv_cache: Tensor | None = None,
-    extra_indices: Tensor | None = None,
-    extra_topk_length: Tensor | None = None,
-    extra_block_table: Tensor | None = None,
-    value_dim: int = 0,
+    block_table: Tensor | None,
+    cu_seqlens: Tensor | None,
+    extra_kv_cache: Tensor | None,
+    extra_indices: Tensor | None,
+    extra_topk_length: Tensor | None,
+    extra_block_table: Tensor | None,
+    value_dim: int,
+    **_: object,
 ) -> None:
     for name, cache in (("kv_cache", kv_cache), ("extra_kv_cache", extra_kv_cache)):
         if cache is not None:
@@ -201,17 +184,11 @@ def check(
 def check_values(
     q: Tensor,
     kv_cache: Tensor,
-    indices: Tensor,
-    softmax_scale: float,
-    sink: Tensor | None = None,
-    topk_length: Tensor | None = None,
-    block_table: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    extra_kv_cache: Tensor | None = None,
-    extra_indices: Tensor | None = None,
-    extra_topk_length: Tensor | None = None,
-    extra_block_table: Tensor | None = None,
-    value_dim: int = 0,
+    block_table: Tensor | None,
+    cu_seqlens: Tensor | None,
+    extra_kv_cache: Tensor | None,
+    extra_block_table: Tensor | None,
+    **_: object,
 ) -> None:
     if cu_seqlens is not None:
         check_cu_seqlens("sparse_attn", cu_seqlens, q.shape[0])
@@ -225,16 +202,11 @@ def cost(
     q: Tensor,
     kv_cache: Tensor,
     indices: Tensor,
-    softmax_scale: float,
-    sink: Tensor | None = None,
-    topk_length: Tensor | None = None,
-    block_table: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    extra_kv_cache: Tensor | None = None,
-    extra_indices: Tensor | None = None,
-    extra_topk_length: Tensor | None = None,
-    extra_block_table: Tensor | None = None,
-    value_dim: int = 0,
+    sink: Tensor | None,
+    extra_kv_cache: Tensor | None,
+    extra_indices: Tensor | None,
+    value_dim: int,
+    **_: object,
 ) -> Cost:
     tokens, heads, head_dim = q.shape
     columns = read = 0

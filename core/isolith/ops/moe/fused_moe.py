@@ -29,8 +29,8 @@ from torch import Tensor
 
 from isolith.dtypes import E4M3, FLOAT, INT8, INTEGER, PACKED, SCALE, WIDE, dtype_name, widen
 from isolith.errors import ArgumentError
+from isolith.materials.experts import EXPONENTS, moe_layer, quantised_experts, shared_expert
 from isolith.numerics.codes import check_at_least_one, check_scale_format
-from isolith.numerics.moe_samples import EXPONENTS, moe_layer, quantised_experts, shared_expert
 from isolith.numerics.routing import check_topk_idx
 from isolith.numerics.scaled_matmul import check_act_quant, check_weight_kind, math_of, resolve_act_quant
 from isolith.operator import Cost, Operator

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from isolith.dtypes import E4M3, FLOAT, FLOAT_NAMES, INT8, INTEGER, PACKED, SCALE, dtype_name, widen
 from isolith.errors import ArgumentError
+from isolith.materials.weights import quantised_activations, quantised_weight
 from isolith.numerics.codes import check_at_least_one, check_out_dtype
 from isolith.numerics.scaled_matmul import (
     check_activation_kind,
@@ -36,7 +37,6 @@ from isolith.numerics.scaled_matmul import (
     dequantise_weight,
     math_of,
 )
-from isolith.numerics.scaled_samples import quantised_activations, quantised_weight
 from isolith.operator import Cost, Operator
 from isolith.ops.quant.quant_linear import scaled_sums
 from isolith.sample import ErrorSample, Make, Sample

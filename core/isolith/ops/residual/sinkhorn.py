@@ -122,7 +122,7 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     logits = make.normal(3, 4, 4)
     yield ErrorSample("no_iterations", logits=logits, iters=0, says="sinkhorn: iters must be at least 1; got 0.")
     yield ErrorSample("zero_eps", logits=logits, eps=0.0, says="sinkhorn: eps must be positive; got 0.0.")
-    yield ErrorSample("not_square", logits=logits[:, :3], says="sinkhorn: n is 3 in logits but 4 in logits.")
+    yield ErrorSample("not_square", logits=logits[:, :3], says="sinkhorn: n is both 3 and 4 in logits.")
     says = "sinkhorn: logits must be [... n n], at least 2 axes; got shape (4,)."
     yield ErrorSample("one_axis", logits=logits[0, 0], says=says)
     says = "sinkhorn: logits must be float32 or float64; got bfloat16."

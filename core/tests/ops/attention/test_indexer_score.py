@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from isolith import Make
-from isolith.numerics.byte_pools import byte_pool
-from isolith.numerics.indexer_samples import batch_of_scores, quantised_kinds
+from isolith.materials.byte_pools import byte_pool
+from isolith.materials.indexer import batch_of_scores, quantised_kinds
 from isolith.numerics.pages import read_entries
 from isolith.ops.attention import indexer_score
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from isolith import Make
-from isolith.numerics.indexer_samples import batch_of_scores
+from isolith.materials.indexer import batch_of_scores
 from isolith.ops.attention import indexer_score, indexer_topk, lightning_indexer
 
 WIDE = torch.float64

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from isolith import Make
-from isolith.numerics.byte_pools import byte_pool
+from isolith.materials.byte_pools import byte_pool
 from isolith.numerics.pages import read_entries
 from isolith.ops.attention import lightning_indexer, mla_attention
 
@@ -143,7 +143,7 @@ def cost_of(tokens, absorbed):
 
     tensors = empty(tokens, 16, 192), empty(4, 64, 576), empty(16, 128, 512), empty(16, 128, 512)
     batch = [empty(1, 4, dtype=torch.int32), empty(2, dtype=torch.int32), empty(1, dtype=torch.int32)]
-    return mla_attention.cost(*tensors, *batch, 0.1, absorbed).flops
+    return mla_attention.cost(**mla_attention.arguments(*tensors, *batch, 0.1, absorbed)).flops
 
 
 def test_absorbed_form_costs_its_products():

@@ -4,7 +4,7 @@ from torch.testing import assert_close
 
 import isolith
 from isolith import Make
-from isolith.numerics.moe_samples import moe_layer, quantised_experts, shared_expert
+from isolith.materials.experts import moe_layer, quantised_experts, shared_expert
 from isolith.ops.moe import fused_moe, grouped_gemm, moe_permute
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from isolith.numerics.byte_pools import byte_pool
-from isolith.numerics.paged_samples import pool_of_items
+from isolith.materials.batches import pool_of_items
+from isolith.materials.byte_pools import byte_pool
 from isolith.sample import ErrorSample, Make
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isolith.numerics.scaled_samples import quantised_weight
+from isolith.materials.weights import quantised_weight
 from isolith.sample import Make
 
 EXPONENTS = {"e4m3": (-4, -2), "e4m3_float32": (-4, -2), "e4m3_32": (-4, -2), "e2m1": (-6, -3), "int8": (-10, -8)}

@@ -1,0 +1,1 @@
+"""What the samples of several operators are made of."""
