@@ -27,7 +27,7 @@ from torch import Tensor
 
 import isolith
 from isolith import Make
-from isolith.numerics.byte_pools import byte_pool
+from isolith.materials.byte_pools import byte_pool
 from isolith.ops import attention
 from isolith_conformance.judge import judge
 
@@ -150,13 +150,13 @@ def measure(formats: Formats, context: int, repeats: int, judged: bool) -> str:
     select, attended, both = bound(index, attend)
     verdict = ""
     if judged:
-        found = (judge(attention.lightning_indexer, index, list(select())),)
-        found += (judge(attention.hybrid_attention, attend, list(attended())),)
+        parts = ((attention.lightning_indexer, index, select()), (attention.hybrid_attention, attend, attended()))
+        found = [judge(operator, operator.arguments(**call), list(result)) for operator, call, result in parts]
         verdict = "  " + "; ".join(each.problem or "correct" for each in found)
     rows = timed((both, select, attended), repeats)
     names = (f"{formats.name:16} {context:8}  both", "indexer", "attention")
-    parts = (f"{name} {said(row)}" for name, row in zip(names, rows, strict=True))
-    return "  ".join(parts) + f"  extra {extra_memory(both):5.1f} MiB{verdict}"
+    columns = (f"{name} {said(row)}" for name, row in zip(names, rows, strict=True))
+    return "  ".join(columns) + f"  extra {extra_memory(both):5.1f} MiB{verdict}"
 
 
 def core_of_transformers(index: Call, attend: Call) -> Run:

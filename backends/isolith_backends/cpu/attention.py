@@ -46,24 +46,26 @@ def attend(
     q: Tensor, pools: list[tuple[Tensor, Tensor]], softmax_scale: float, sink: Tensor | None, value_dim: int
 ) -> tuple[Tensor, Tensor]:
     """q [tokens, heads, head_dim] over (pool, slots) pairs: (out, lse), both float32."""
-    # A weight of 0 does not silence a NaN: an invalid column reads an entry that the token reads anyway.
-    valid_slots = [slots.amax(1, keepdim=True) for _, slots in pools]
-    kv = torch.cat(
-        [
-            entries_in_slots(cache, torch.where(slots < 0, valid, slots)).masked_fill_((valid < 0)[..., None], 0.0)
-            for (cache, slots), valid in zip(pools, valid_slots, strict=True)
-        ],
-        dim=1,
-    )
-    invalid = torch.cat([slots for _, slots in pools], dim=1) < 0
-    logits = torch.bmm(q.float(), kv.transpose(1, 2)).mul_(softmax_scale).masked_fill_(invalid[:, None], -torch.inf)
-    largest = logits.amax(-1)
+    query, entries, logits = q.float(), [], []
+    for cache, slots in pools:
+        # A weight of 0 does not silence a NaN: an invalid column reads an entry that the token reads anyway.
+        invalid, valid_slot = slots < 0, slots.amax(1, keepdim=True)
+        kv = entries_in_slots(cache, torch.where(invalid, valid_slot, slots))
+        if (valid_slot < 0).any():
+            kv[valid_slot[:, 0] < 0] = 0.0
+        products = torch.bmm(query, kv.transpose(1, 2)).mul_(softmax_scale)
+        logits.append(products.masked_fill_(invalid[:, None, :], -torch.inf))
+        entries.append(kv)
+    joint = torch.cat(logits, dim=-1)
+    largest = joint.amax(-1)
     some = ~largest.isneginf()
     largest = torch.where(some, largest, 0.0)
-    weights = logits.sub_(largest[..., None]).exp_()
+    weights = joint.sub_(largest[..., None]).exp_()
     total = weights.sum(-1)
     denominator = total if sink is None else total + (sink.float() - largest).exp()
-    out = torch.bmm(weights, kv[..., :value_dim]).div_(denominator[..., None]).masked_fill_(~some[..., None], 0.0)
+    parts = weights.split([slots.shape[1] for _, slots in pools], dim=-1)
+    out = sum(torch.bmm(part, kv[..., :value_dim]) for part, kv in zip(parts, entries, strict=True))
+    out = torch.where(some[..., None], out / denominator[..., None], 0.0)
     return out, torch.where(some, largest + total.log(), torch.inf)
 
 
@@ -84,16 +86,9 @@ def listed_pools_refused(
     q: Tensor,
     kv_cache: Tensor,
     indices: Tensor,
-    softmax_scale: float,
-    sink: Tensor | None = None,
-    topk_length: Tensor | None = None,
-    block_table: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    extra_kv_cache: Tensor | None = None,
-    extra_indices: Tensor | None = None,
-    extra_topk_length: Tensor | None = None,
-    extra_block_table: Tensor | None = None,
-    value_dim: int = 0,
+    extra_kv_cache: Tensor | None,
+    extra_indices: Tensor | None,
+    **_: object,
 ) -> WhyNot:
     columns = indices.shape[1] + (0 if extra_indices is None else extra_indices.shape[1])
     if indices.shape[0] * columns * q.shape[2] < GATHERED // 256:
@@ -149,19 +144,7 @@ def keys_refused(q: Tensor, k_cache: Tensor, max_entries: int) -> WhyNot:
     return pools_refused(q, k_cache)
 
 
-def scores_refused(
-    q: Tensor,
-    weights: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    start_pos: Tensor,
-    ratio: int,
-    max_entries: int,
-    softmax_scale: float = 1.0,
-    q_scale: Tensor | None = None,
-    out_dtype: str = "float32",
-) -> WhyNot:
+def scores_refused(q: Tensor, k_cache: Tensor, max_entries: int, out_dtype: str, **_: object) -> WhyNot:
     return "out_dtype=float64" if out_dtype == "float64" else keys_refused(q, k_cache, max_entries)
 
 
@@ -195,9 +178,7 @@ def counts_of(tokens: slice, shift: int, ratio: int) -> Tensor:
     return (torch.arange(tokens.start, tokens.stop) + (shift + 1)).div(ratio, rounding_mode="floor")
 
 
-def selection_refused(
-    scores: Tensor, lengths: Tensor, k: int, candidates: Tensor | None = None, candidate_block: int = 1
-) -> WhyNot:
+def selection_refused(scores: Tensor, k: int, candidates: Tensor | None, **_: object) -> WhyNot:
     if candidates is not None:
         return "candidates are given"
     if scores.numel() < RANKED or scores.shape[1] < 4 * k:
@@ -219,20 +200,7 @@ def indexer_topk(
 
 
 def indexer_refused(
-    q: Tensor,
-    weights: Tensor,
-    k_cache: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    start_pos: Tensor,
-    ratio: int,
-    k: int,
-    max_entries: int,
-    softmax_scale: float = 1.0,
-    q_scale: Tensor | None = None,
-    out_dtype: str = "float32",
-    candidates: Tensor | None = None,
-    candidate_block: int = 1,
+    q: Tensor, k_cache: Tensor, max_entries: int, out_dtype: str, candidates: Tensor | None, **_: object
 ) -> WhyNot:
     if candidates is not None:
         return "candidates are given"

@@ -1,6 +1,6 @@
 """Reading the entries of a pool in float32, whole blocks or scattered slots, whatever their format.
 
-A cast from float8 and a gather of codes in torch take five to ten times as long as the ways here.
+torch's cast from e4m3, and a gather of e2m1 codes from a table by int64, take about ten times as long as the ways here.
 """
 
 import functools
@@ -73,7 +73,8 @@ def shifted_e4m3(codes: Tensor) -> Tensor:
 def values_of_e2m1(codes: Tensor) -> Tensor:
     """The values of e2m1 codes, two to a byte: [.., n] -> [.., 2*n].
 
-    One look at a table gives both values of a byte, as the bits of a float64; shifting bits takes twice as long.
+    One look at a table gives both values of a byte, as the bits of a float64. By shifting bits a 68-byte
+    entry takes half as long again.
     """
     pairs = pairs_of_e2m1().index_select(0, codes.int().flatten())
     return pairs.view(torch.float32).view(*codes.shape[:-1], -1)

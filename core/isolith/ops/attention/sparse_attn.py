@@ -82,7 +82,7 @@ def online(
     extra_block_table: Tensor | None = None,
     value_dim: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Blocks of 64 columns with a running maximum, in powers of two; the sink after that."""
+    """Blocks of 64 columns with a running maximum, in powers of two, 16 channels at a time; the sink after that."""
     kv, valid = listed_entries(
         *(q, kv_cache, indices, topk_length, block_table, cu_seqlens),
         *(extra_kv_cache, extra_indices, extra_topk_length, extra_block_table),
@@ -91,7 +91,7 @@ def online(
     running = torch.full(q.shape[:2], -torch.inf, dtype=kv.dtype, device=q.device)
     total, out = torch.zeros_like(running), torch.zeros_like(wide)
     for part, legal in zip(kv.split(64, dim=1), valid.split(64, dim=1), strict=True):
-        logits = torch.einsum("thc,tnc->thn", wide, part) * octaves
+        logits = sum_in_order(wide, part) * octaves
         logits = logits.masked_fill(~legal[:, None, :], -torch.inf)
         highest = torch.maximum(running, logits.amax(-1))
         base = highest.masked_fill(highest.isneginf(), 0.0)
@@ -101,6 +101,14 @@ def online(
         running = highest
     lse = (running + total.log2()) * math.log(2)
     return with_sink(q, out / total[..., None], lse, valid, sink, value_dim)
+
+
+def sum_in_order(q: Tensor, kv: Tensor) -> Tensor:
+    """Dot products [T,h,n] whose terms are added 16 channels after 16 channels."""
+    total = q.new_zeros(q.shape[0], q.shape[1], kv.shape[1])
+    for ours, theirs in zip(q.split(16, dim=-1), kv.split(16, dim=-1), strict=True):
+        total += torch.einsum("thc,tnc->thn", ours, theirs)
+    return total
 
 
 def rounded_halves(
@@ -245,9 +253,12 @@ def samples_of_slots(make: Make) -> Iterator[Sample]:
     yield Sample("no_tokens", **call(0, 8, 64, 20, 16))
     yield Sample("no_columns", **call(2, 4, 32, 20, 0))
     yield Sample("no_blocks", **call(2, 4, 32, 20, 3) | {"kv_cache": make.zeros(0, 16, 32)})
-    # One entry of weight exactly 1 is returned as it lies in the pool, to more tokens than 16 bits count.
-    alone = {"q": make.small_integers(70000, 2, 4), "kv_cache": make.small_integers(1, 20, 4), "softmax_scale": 0.25}
-    yield Sample("single_entry_of_70000_tokens", "exact", **call(70000, 2, 4, 20, 1) | alone | {"sink": None})
+    # One entry of weight exactly 1 is returned as it lies in the pool.
+    alone = call(3, 4, 32, 20, 1) | {"q": make.small_integers(3, 4, 32), "kv_cache": make.small_integers(1, 20, 32)}
+    yield Sample("single_entry", "exact", **alone | {"softmax_scale": 0.25, "sink": None})
+    # More tokens than 16 bits count, the most that some axes of a launch grid take.
+    many = {"q": make.small_integers(70000, 2, 4), "kv_cache": make.small_integers(1, 20, 4), "softmax_scale": 0.25}
+    yield Sample("tokens_70000", "exact", "device", **call(70000, 2, 4, 20, 1) | many | {"sink": None})
     # The sink must count once, unscaled, on a head of its own; +inf takes everything, -inf nothing.
     sink = make.tensor([6.0, -6.0, torch.inf, -torch.inf, 0.0, 3.0, 90.0, -90.0], torch.float32)
     yield Sample("extreme_sinks", **call(4, 8, 64, 50, 20) | {"sink": sink})

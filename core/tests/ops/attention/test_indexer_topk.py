@@ -69,3 +69,8 @@ def test_two_levels_of_selection_find_the_largest_entry():
     blocks, _ = indexer_topk(scores.view(3, 8, 8).amax(-1), int32(8, 8, 8), 2)
     indices, _ = indexer_topk(scores, int32(64, 64, 64), 1, blocks, 8)
     assert torch.equal(indices[:, 0].long(), scores.argmax(1))
+
+
+def test_subnormal_scores_are_told_apart():
+    indices, _ = indexer_topk(torch.tensor([[0.0, 2e-45, -2e-45, 5e-45]]), int32(4), 3)
+    assert indices.tolist() == [[3, 1, 0]]

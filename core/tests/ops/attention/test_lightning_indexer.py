@@ -48,3 +48,13 @@ def test_rounding_scores_to_bfloat16_makes_ties_that_the_lower_index_wins():
     one = torch.zeros(1, 1, 32).index_fill(2, torch.tensor([0]), 1.0)
     call |= {"k_cache": keys, "q": one, "weights": torch.ones(1, 1), "softmax_scale": 1.0}
     assert lightning_indexer(**call, k=1, out_dtype="bfloat16")[0].tolist() == [[0]]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_only_entries_of_the_candidate_blocks_are_selected(size):
+    call = batch_of_scores(Make(WIDE, seed=5), [2, 1], [70, 50], 2, 2, 32, 4)
+    candidates = torch.tensor([[3, -1, 0], [2, 2, 5], [1, 99, -1]])
+    indices, count = lightning_indexer(**call, k=50, candidates=candidates, candidate_block=size)
+    blocks = [{i // size for i in row if i >= 0} for row in indices.tolist()]
+    assert blocks == [{0, 3}, {2, 5}, {1}]
+    assert count.tolist() == [2 * size, 2 * size, size]
