@@ -290,3 +290,33 @@ def test_recording_names_the_step_that_ran_after_a_refusal(backend, dispatcher):
     with using(dispatcher(backend(refuses, marks(2.0)))), isolith.record() as calls:
         isolith.rms_norm(X, WEIGHT)
     assert list(calls) == [("rms_norm", "test.rms_norm")]
+
+
+@implements(isolith.kv_cache_write)
+def writes_then_refuses(cache, x, slot_mapping, scale_format="ue8m0", amax_floor=None):
+    cache.zero_()
+    raise Unsupported("too late")
+
+
+def test_kernel_that_refuses_after_it_has_written_is_an_error(backend, dispatcher):
+    call = torch.ones(1, 2, 4), torch.ones(1, 4), torch.tensor([0])
+    with (
+        using(dispatcher(backend(writes_then_refuses))),
+        pytest.raises(RuntimeError, match="refused after it had written"),
+    ):
+        isolith.kv_cache_write(*call)
+
+
+def test_kernel_for_another_architecture_is_passed_over(backend, dispatcher):
+    newer = marks(1.0, requires=Requires(arch=">=9"))
+    with using(dispatcher(backend(newer, marks(2.0), arch=lambda: "8.0"))):
+        assert isolith.rms_norm(X, WEIGHT).unique().tolist() == [2.0]
+
+
+def test_choice_is_remembered_by_strides_too(backend, dispatcher):
+    def rows_of_16(x, **_):
+        return None if x.stride(0) == 16 else f"stride={x.stride(0)}; takes 16"
+
+    with using(dispatcher(backend(marks(1.0, why_not=rows_of_16), marks(2.0)))):
+        seen = [isolith.rms_norm(torch.zeros(4, n)[:, :8], WEIGHT)[0, 0].item() for n in (16, 24)]
+    assert seen == [1.0, 2.0]

@@ -1,6 +1,8 @@
+import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,3 +54,9 @@ def test_fingerprint_is_equal_in_another_process():
 
 def test_manifest_is_json():
     assert json.loads(json.dumps(describe(isolith.dispatch.dispatcher()).as_dict()))["fingerprint"]
+
+
+def test_manifest_has_the_hash_of_a_kernels_source(backend, dispatcher):
+    manifest = describe(dispatcher(backend(rms_norm, name="chip")))
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    assert manifest.kernels["rms_norm"] == {"chip.rms_norm": source}

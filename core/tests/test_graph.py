@@ -66,3 +66,8 @@ def test_bad_argument_is_named_while_tracing():
 def test_eager_call_does_not_enter_the_torch_library(monkeypatch):
     monkeypatch.setattr(type(isolith.rms_norm), "torch_op", property(lambda self: pytest.fail("entered")))
     isolith.rms_norm(X, WEIGHT)
+
+
+def test_node_checks_metadata_before_anything_runs():
+    with pytest.raises(isolith.ArgumentError, match="rms_norm: hidden is 8 in x but 7 in weight"):
+        isolith.rms_norm.torch_op(X.to("meta"), WEIGHT[:7].to("meta"))

@@ -87,3 +87,15 @@ except isolith.IsolithError as error: print(error)
         "chip": "there is no backend 'chip'; did you mean cpu?",
     }
     assert run(code, ISOLITH_BACKEND=value).startswith(says[value].split(";")[0])
+
+
+def test_values_are_checked_on_a_device_under_debug_alone():
+    code = """
+table = torch.zeros(2, 4)
+call = on_sim(torch.zeros(1, 8), torch.tensor([7]), table, table)
+try: isolith.rope(*call)
+except isolith.ArgumentError as error: print(error)
+except Exception: print("not checked")
+"""
+    assert "positions" in run(code, ISOLITH_FALLBACK="allow", ISOLITH_DEBUG="1")
+    assert "positions" not in run(code, ISOLITH_FALLBACK="allow")

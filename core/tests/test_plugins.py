@@ -7,9 +7,10 @@ from importlib.metadata import distributions
 
 import pytest
 
-from isolith import API_VERSION
-from isolith.plugins import discover, load, probe
-from isolith.registry import Registry
+from isolith import API_VERSION, plugins
+from isolith.config import Settings
+from isolith.plugins import Plugin, discover, load, probe
+from isolith.registry import Registry, build
 
 GOOD = """
 from isolith import Backend, hookimpl
@@ -129,3 +130,22 @@ def test_registry_is_immutable():
     registry = Registry(operators={}, plugins=())
     with pytest.raises(AttributeError):
         registry.plugins = ()
+
+
+@pytest.fixture
+def three_plugins(monkeypatch):
+    rows = tuple(Plugin(name=n, distribution=n, version="1", target="none", reason="a test") for n in ("a", "b", "cpu"))
+    monkeypatch.setattr(plugins, "discover", lambda: rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({}, ["a", "b", "cpu"]),
+        ({"plugins": ("b", "a")}, ["b", "a", "cpu"]),
+        ({"backend": "b"}, ["b", "cpu"]),
+    ],
+    ids=str,
+)
+def test_plugins_take_precedence_as_named_and_the_host_is_always_there(three_plugins, settings, names):
+    assert [row.name for row in build({}, Settings(**settings)).plugins] == names
