@@ -19,7 +19,7 @@ CASES = [
     for name, (operator, _) in KERNELS.items()
     for dtype in operator.sample_dtypes
     for sample in operator.samples(Make(dtype, seed=name))
-    if not sample.tags & {"slow", "model"}
+    if not sample.tags & {"slow", "model", "invariants"}
 ]
 
 

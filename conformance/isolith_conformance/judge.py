@@ -1,31 +1,46 @@
-"""The only place where numbers are compared.
+"""Whether results are right. Numbers are compared here and in the modules that this one calls, nowhere else.
 
 Gold is the reference in float64 on the bytes of the call. A result in a float dtype may err as much as the legal
-variants do, times the ratios of `limits`. A bitwise operator, and every integer result, must equal the reference. A
-selection is judged by the values it selects, as far as legal roundings move those; where they are exact, by its
-indices.
+family does, times the ratios of `limits`. A bitwise operator, and every integer result, must equal the reference, to
+the bit; codes of quantised outputs are the nearest to their exact values, or beside a boundary the neighbour. A
+selection is judged by the values it selects, as far as legal roundings move those; where they are exact, by indices.
+
+Where a sample is exact, every legal rounding gives the same numbers, and so must the results: -0.0 equals 0.0 there,
+since the order of a sum decides the sign of nothing, and NaN equals NaN.
+
+`expect` computes all that does not depend on the results, so that many may be judged.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
-from isolith.dispatch import dispatcher, references, using
-from isolith.operator import AnyOperator, in_float64
-from isolith_conformance.limits import LARGEST_ROUNDING, ONE_ROUNDING, ROW_FLOOR, SELECTION_SLACK, STANDARD
-
-Arguments = Mapping[str, Any]  # Any: a call's own values
+from isolith.operator import AnyOperator
+from isolith_conformance.codes import CODES, CodeBar, code_bar, judged_codes, judged_scales
+from isolith_conformance.family import Arguments, Family, copied, family_of
+from isolith_conformance.limits import STANDARD
+from isolith_conformance.ratios import PASSED, Bar, Finding, bar_of, measured
+from isolith_conformance.selection import Ranking, by_index, judged_selection, ranking_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the judge found: nothing, or the first thing that is wrong."""
+    """What the judge found: nothing, or the first thing that is wrong.
+
+    Args:
+        problem: A sentence with the figure, the limit, the result and the row; None where nothing is wrong.
+        check: The rule that is broken: "shape", "bits", "exact", "nonfinite", "R1", "R2", "R3", "D", "bias", "codes",
+            "scales", or of selections "range", "count", "tail", "duplicates", "reach", "selection", "ties", "order".
+        statistics: Of the result that is worst by its limits.
+        limits: What each of the statistics may be at most.
+    """
 
     problem: str | None
+    check: str
+    statistics: Mapping[str, float]
+    limits: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -33,165 +48,228 @@ class Verdict:
         return self.problem is None
 
 
-def judge(operator: AnyOperator, arguments: Arguments, results: list[Tensor]) -> Verdict:
+@dataclass(frozen=True, kw_only=True)
+class Due:
+    """What is due for one result.
+
+    Args:
+        reference: The reference's result.
+        legal: Every legal one, where bits count.
+        mask: Which elements are specified; None = all.
+        bar: For floats.
+        codes: For codes.
+        scales: For scales, in float64.
+    """
+
+    reference: Tensor
+    legal: tuple[Tensor, ...]
+    mask: Tensor | None
+    bar: Bar | None = None
+    codes: CodeBar | None = None
+    scales: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """All that is due for one call.
+
+    Args:
+        operator: What is called.
+        due: By result: outputs, then mutated arguments.
+        ranking: For selections.
+        sorted_reference: For selections: the reference's results in the order of their indices.
+        exact: Whether every legal rounding gives the same numbers.
+    """
+
+    operator: AnyOperator
+    due: tuple[Due, ...]
+    ranking: Ranking | None
+    sorted_reference: tuple[Tensor, ...]
+    exact: bool
+
+    def judge(self, results: list[Tensor], profile: str = "standard", exact: bool = False) -> Verdict:
+        """Everything but which entries a selection chooses.
+
+        Args:
+            results: What the kernel made, on the host: outputs, then mutated arguments after the call.
+            profile: "strict", "standard" or "basic".
+            exact: Whether every legal rounding gives the same numbers.
+        """
+        shape = self.misshapen(results)
+        if shape is not None:
+            return shape
+        if self.ranking is not None:
+            results = by_index(results, self.ranking.chosen, list(self.sorted_reference))
+        worst, place = PASSED, 0
+        for at, (due, result) in enumerate(zip(self.due, results, strict=True)):
+            if self.ranking is not None and at == 0:
+                continue
+            finding = self.finding(due, result, profile, exact or self.exact)
+            if finding.problem is not None:
+                return verdict(finding, at)
+            if finding.excess > worst.excess or not worst.statistics:
+                worst, place = finding, at
+        return verdict(worst, place)
+
+    def selection(self, results: list[Tensor]) -> Verdict:
+        """Which entries a selection chooses, and nothing else; only for operators with `selects_by`."""
+        shape = self.misshapen(results)
+        if shape is not None:
+            return shape
+        assert self.ranking is not None, "only selections have a selection"
+        return verdict(judged_selection(self.ranking, results[0]), 0)
+
+    def misshapen(self, results: list[Tensor]) -> Verdict | None:
+        """A verdict on number, shapes and dtypes, where these are wrong."""
+        problem = None
+        if len(results) != len(self.due):
+            problem = f"{len(results)} results; {len(self.due)} are due"
+        else:
+            for at, (due, result) in enumerate(zip(self.due, results, strict=True)):
+                said, wanted = described(result), described(due.reference)
+                if said != wanted:
+                    problem = f"result {at}: {said}; due is {wanted}"
+                    break
+        return None if problem is None else Verdict(problem=problem, check="shape", statistics={})
+
+    def finding(self, due: Due, result: Tensor, profile: str, exact: bool) -> Finding:
+        """What is found of one result."""
+        expected = due.reference
+        if due.mask is not None:
+            result, expected = result[due.mask], expected[due.mask]
+        if result.numel() == 0:
+            return PASSED
+        if due.codes is not None:
+            return judged_codes(due.codes, result, exact)
+        if due.scales is not None:
+            return judged_scales(due.scales, result, exact)
+        if due.bar is None:
+            return differing_bits(result, due.legal)
+        found = measured(due.bar, result, profile)
+        if not exact:
+            return found
+        different = ~((result == expected) | (result.isnan() & expected.isnan()))
+        if not bool(different.any()):
+            return Finding(statistics=found.statistics, excess=0.0)
+        rows = different.reshape(-1, result.shape[-1] if result.dim() else 1)
+        problem = (
+            f"{int(rows.sum())} elements differ where sums are exact, first in row {int(rows.any(-1).nonzero()[0])}"
+        )
+        return Finding(check="exact", problem=problem, statistics=found.statistics, excess=float("inf"))
+
+
+def described(result: Tensor) -> str:
+    """Dtype and shape, in words."""
+    if not isinstance(result, Tensor) or result.layout != torch.strided or result.device.type != "cpu":
+        return "no tensor on the host"
+    return f"{result.dtype} {tuple(result.shape)}"
+
+
+def verdict(finding: Finding, place: int) -> Verdict:
+    """A finding of a result, said of the whole."""
+    problem = None if finding.problem is None else f"result {place}: {finding.problem}"
+    return Verdict(
+        problem=problem, check=finding.check, statistics=dict(finding.statistics), limits=dict(finding.limits)
+    )
+
+
+def judge(
+    operator: AnyOperator, arguments: Arguments, results: list[Tensor], profile: str = "standard", exact: bool = False
+) -> Verdict:
     """Compare the results of one call: outputs, then mutated arguments after the call.
 
     Args:
         operator: What was called.
         arguments: The arguments as they were before the call.
         results: What the kernel made of them, on the host.
+        profile: "strict", "standard" or "basic".
+        exact: Whether every legal rounding gives the same numbers.
     """
-    masks = operator.defined(**copied(arguments)) if operator.defined else (None,) * len(results)
-    gold = evaluate(operator, operator.reference, in_float64(operator, arguments))
-    functions = (operator.reference, *operator.variants)
-    family = [evaluate(operator, function, arguments) for function in functions]
-    if len(results) != len(gold):
-        return Verdict(problem=f"{len(results)} results; {len(gold)} are due")
+    expectation = expect(operator, arguments, exact)
     if operator.selects_by is not None:
-        problem = wrong_selection(operator, arguments, results[0], gold[0])
-        if problem is not None:
-            return Verdict(problem=f"result 0: {problem}")
-        results, gold, *family = (by_index(member, gold[0]) for member in (results, gold, *family))
-    for place, (result, exact, mask) in enumerate(zip(results, gold, masks, strict=True)):
-        legal = [member[place] for member in family]
-        problem = compare(operator, result, exact, legal, mask)
-        if problem is not None:
-            return Verdict(problem=f"result {place}: {problem}")
-    return Verdict(problem=None)
+        chosen = expectation.selection(results)
+        if not chosen.passed:
+            return chosen
+    return expectation.judge(results, profile)
 
 
-def wrong_selection(operator: AnyOperator, arguments: Arguments, chosen: Tensor, expected: Tensor) -> str | None:
-    """The first thing wrong with a selection, or None; `expected` is the one of gold."""
-    assert operator.selects_by is not None, "the caller has looked"
-    if chosen.shape != expected.shape or chosen.dtype != torch.int32:
-        return f"{chosen.dtype} {tuple(chosen.shape)}; due is torch.int32 {tuple(expected.shape)}"
-    with using(references(dispatcher())):
-        exact = operator.selects_by(**in_float64(operator, copied(arguments)))
-        rounded = operator.selects_by(**copied(arguments)).double()
-    if not torch.equal((chosen >= 0).sum(-1), (expected >= 0).sum(-1)):
-        return "another number of valid indices"
-    if chosen.numel() and (int(chosen.max()) >= exact.shape[-1] or int(chosen.min()) < -1):
-        return f"an index beyond {exact.shape[-1]}, or below -1"
-    ordered = chosen.sort(-1).values
-    if bool(((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any()):
-        return "an index twice in a row"
-    moved = (rounded - exact).nan_to_num(0.0, 0.0, 0.0).abs()
-    slack = SELECTION_SLACK * moved.amax(-1, keepdim=True) if moved.shape[-1] else moved.new_zeros(moved.shape[0], 1)
-    below = values_of(exact, chosen) < values_of(exact, expected) - slack
-    if bool(below.any()):
-        return f"row {int(below.any(-1).nonzero()[0])} selects a value below those of gold"
-    # With exact values the tie rule decides, and the lowest index wins.
-    same = (ordered == expected.sort(-1).values).all(-1)
-    wrong = ~same & (slack[..., 0] == 0) & ~exact.isnan().any(-1)
-    return (
-        f"row {int(wrong.nonzero()[0])} breaks ties otherwise than by the lowest index" if bool(wrong.any()) else None
+def expect(
+    operator: AnyOperator, arguments: Arguments, exact: bool = False, declared: tuple[str, ...] = ()
+) -> Expectation:
+    """Compute what is due for a call.
+
+    Args:
+        operator: What is called.
+        arguments: The arguments as they are before the call.
+        exact: Whether every legal rounding gives the same numbers.
+        declared: Numerics that the kernel has declared, of those in `operator.declared`.
+    """
+    family = family_of(operator, arguments, declared)
+    count = len(family.gold)
+    masks = operator.defined(**copied(arguments)) if operator.defined else (None,) * count
+    ranking, sorted_reference = None, list(family.members[0])
+    members, moved, gold = family.members, family.moved, family.gold
+    if operator.selects_by is not None:
+        chosen = gold[0]
+        ranking = ranking_of(operator, arguments, chosen, masks[0], exact)
+        gold = by_index(gold, chosen, gold)
+        sorted_reference = by_index(members[0], chosen, gold)
+        members = [by_index(member, chosen, gold) for member in members]
+        moved = {dtype: by_index(results, chosen, gold) for dtype, results in moved.items()}
+    unrounded = operator.unrounded(**copied(arguments)) if operator.unrounded else (None,) * count
+    sorted_family = replace(family, gold=gold, members=members, moved=moved)
+    load = load_of(operator, arguments, family.gold)
+    return Expectation(
+        operator=operator,
+        due=tuple(due_of(operator, sorted_family, at, masks[at], unrounded[at], load) for at in range(count)),
+        ranking=ranking,
+        sorted_reference=tuple(sorted_reference),
+        exact=exact,
     )
 
 
-def values_of(scores: Tensor, indices: Tensor) -> Tensor:
-    """The values at a row's valid indices, from the largest; -inf and the values at -1 come last, as the least."""
-    least = torch.finfo(scores.dtype).min
-    padded = torch.nn.functional.pad(scores.nan_to_num(least, neginf=least), (0, 1), value=least)
-    where = torch.where(indices < 0, scores.shape[-1], indices).long()
-    return padded.gather(-1, where).sort(-1, descending=True).values
+def load_of(operator: AnyOperator, arguments: Arguments, results: list[Tensor]) -> float:
+    """Operations an element of the results, on average."""
+    elements = sum(result.numel() for result in results)
+    return operator.cost(**arguments).flops / max(elements, 1)
 
 
-def by_index(results: list[Tensor], expected: Tensor) -> list[Tensor]:
-    """Results with the slots of a row in the order of its indices, blank where the row selects other than gold."""
-    indices, order = results[0].sort(-1)
-    same = (indices == expected.sort(-1).values).all(-1, keepdim=True)
-    return [
-        torch.where(same, result.gather(-1, order), torch.zeros_like(result)) if result.shape == order.shape else result
-        for result in results
-    ]
-
-
-def copied(arguments: Arguments) -> dict[str, Any]:  # Any: a call's own values
-    """The arguments with tensors of their own."""
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-
-
-def evaluate(operator: AnyOperator, function: Any, arguments: Arguments) -> list[Tensor]:  # Any: any signature
-    """Outputs, then mutated arguments, of a function run on copies, with references for the parts of a composite."""
-    given = copied(arguments)
-    with using(references(dispatcher())):
-        outputs = function(**given)
-    leaves = [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Tensor)]
-    return leaves + [given[name] for name in operator.mutates]
-
-
-def compare(
-    operator: AnyOperator, result: Tensor, gold: Tensor, legal: list[Tensor], mask: Tensor | None
-) -> str | None:
-    """The first thing wrong with one result, or None."""
-    expected = legal[0]
-    if result.shape != expected.shape or result.dtype != expected.dtype:
-        return f"{result.dtype} {tuple(result.shape)}; due is {expected.dtype} {tuple(expected.shape)}"
+def due_of(
+    operator: AnyOperator, family: Family, at: int, mask: Tensor | None, unrounded: Tensor | None, load: float
+) -> Due:
+    """What is due for one result."""
+    reference = family.members[0][at]
+    legal = [member[at] for member in family.members]
+    due = Due(reference=reference, legal=(), mask=mask)
+    if unrounded is not None:
+        if reference.dtype not in CODES:
+            return Due(reference=reference, legal=(), mask=mask, scales=unrounded)
+        # A power of two divides exactly: every kernel has the same quotient.
+        window = all(member.dtype != torch.float8_e8m0fnu for member in family.members[0])
+        return Due(reference=reference, legal=(), mask=mask, codes=code_bar(unrounded, reference.dtype, window))
+    gold, moved = family.gold[at], {dtype: near[at] for dtype, near in family.moved.items()}
     if mask is not None:
-        result, gold = result[mask], gold[mask]
-        legal = [member[mask] for member in legal]
-    if operator.bitwise or not result.is_floating_point() or result.dtype not in STANDARD:
-        return differing_bits(result, legal)
-    return excess_error(result, gold, legal)
+        gold, legal = gold[mask], [member[mask] for member in legal]
+        moved = {dtype: near[mask] for dtype, near in moved.items()}
+    if operator.bitwise or reference.dtype not in STANDARD:
+        return Due(reference=reference, legal=tuple(legal), mask=mask)
+    if not gold.numel():
+        return due
+    bar = bar_of(gold, legal, family.variants, moved, load, family.requantised)
+    return Due(reference=reference, legal=(), mask=mask, bar=bar)
 
 
-def differing_bits(result: Tensor, legal: list[Tensor]) -> str | None:
-    """None where the result equals one of the legal ones to the bit."""
-    if result.numel() == 0:
-        return None
+def differing_bits(result: Tensor, legal: tuple[Tensor, ...]) -> Finding:
+    """Whether the result equals one of the legal ones to the bit."""
     wrong = [(as_bytes(result) != as_bytes(member)).flatten(1).any(1) for member in legal]
     least = min(wrong, key=lambda rows: int(rows.sum()))
-    if not least.any():
-        return None
-    return f"{int(least.sum())} of {least.numel()} rows differ, first {int(least.nonzero()[0])}"
+    if not bool(least.any()):
+        return PASSED
+    problem = f"{int(least.sum())} of {least.numel()} rows differ, first {int(least.nonzero()[0])}"
+    return Finding(check="bits", problem=problem, statistics={}, excess=float("inf"))
 
 
 def as_bytes(values: Tensor) -> Tensor:
     """[rows, bytes], rows along the first axis."""
     rows = values.shape[0] if values.dim() else 1
     return values.contiguous().reshape(rows, -1).view(torch.uint8).reshape(rows, -1)
-
-
-def excess_error(result: Tensor, gold: Tensor, legal: list[Tensor]) -> str | None:
-    """None where the errors are within the limits of those of the legal variants."""
-    if result.numel() == 0:
-        return None
-    rows = result.shape[-1] if result.dim() else 1
-    result, gold = result.reshape(-1, rows), gold.reshape(-1, rows).double()
-    # Beyond the dtype's largest value the right result is an infinity.
-    gold = torch.where(gold.to(result.dtype).isinf(), gold.to(result.dtype).double(), gold)
-    infinite = ~gold.isfinite()
-    same = (result.double() == gold) | (result.isnan() & gold.isnan())
-    if not same[infinite].all() or not result.isfinite()[~infinite].all():
-        return "non-finite values stand elsewhere than in gold"
-    gold = gold.masked_fill(infinite, 0.0)
-    error = (result.double() - gold).masked_fill(infinite, 0.0).abs()
-    errors = [(member.reshape(-1, rows).double() - gold).masked_fill(infinite, 0.0).abs() for member in legal]
-    eps = torch.finfo(result.dtype).eps
-    once, most = ONE_ROUNDING * eps * rms(gold), LARGEST_ROUNDING * eps * gold.abs().amax(-1)
-    whole = max(rms(e.flatten()) for e in errors)
-    # A row of few elements has few errors to tell its legal size by; the tensor's, in proportion, is as legal.
-    share = rms(gold) * ratio(whole, rms(gold.flatten()))
-    limits = STANDARD[result.dtype]
-    r1 = ratio(rms(error.flatten()), whole.clamp(min=rms(once)))
-    r2 = ratio(rms(error), row_floor(torch.stack([rms(e) for e in errors]).amax(0), once.maximum(share)))
-    r3 = ratio(error.amax(-1), row_floor(torch.stack([e.amax(-1) for e in errors]).amax(0), most))
-    for name, value, limit in (("R1", r1, limits.r1), ("R2", r2, limits.r2), ("R3", r3, limits.r3)):
-        if not bool((value <= limit).all()):
-            return f"{name} is {float(value.max()):.3g}, at most {limit}; worst row {int(value.reshape(-1).argmax())}"
-    return None
-
-
-def rms(error: Tensor) -> Tensor:
-    """Root mean square over the last axis."""
-    return error.square().mean(-1).sqrt()
-
-
-def row_floor(error: Tensor, rounding: Tensor) -> Tensor:
-    """Legal errors of rows, not below the floors."""
-    return torch.maximum(error.clamp(min=float(error.median()) * ROW_FLOOR), rounding)
-
-
-def ratio(error: Tensor, legal: Tensor) -> Tensor:
-    """error / legal, where 0 / 0 is 0."""
-    return torch.where(error == 0, torch.zeros_like(error), error / legal)

@@ -5,7 +5,7 @@ import torch
 
 import isolith
 from isolith import OPERATORS, Make
-from isolith_conformance.judge import judge
+from isolith_conformance.judge import expect, judge
 
 
 def call_of(name, label, dtype=torch.bfloat16):
@@ -97,8 +97,8 @@ TIES = isolith.indexer_topk.arguments(torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0]]),
         ([3, 1, 2], None),
         ([1, 2, 4], "result 0: row 0 breaks ties otherwise than by the lowest index"),
         ([1, 2, 0], "result 0: row 0 selects a value below those of gold"),
-        ([1, 2, 2], "result 0: an index twice in a row"),
-        ([1, 2, -1], "result 0: another number of valid indices"),
+        ([1, 2, 2], "result 0: an index twice in a row, first in row 0"),
+        ([1, 2, -1], "result 0: another number of valid indices, first in row 0"),
         ([1, 2, 5], "result 0: an index beyond 5, or below -1"),
     ],
     ids=str,
@@ -111,5 +111,6 @@ def test_a_selection_is_judged_by_its_values(indices, problem):
 def test_weights_of_another_order_of_experts_are_compared_by_expert():
     call = isolith.moe_gate.arguments(torch.randn(8, 16, generator=torch.Generator().manual_seed(0)), 4)
     experts, weights = results_of("moe_gate", call)
-    assert verdict("moe_gate", call, [experts.flip(1), weights.flip(1)]).problem is None
-    assert verdict("moe_gate", call, [experts.flip(1), weights]).problem.startswith("result 1: ")
+    expectation = expect(OPERATORS["moe_gate"], call)
+    assert expectation.judge([experts.flip(1), weights.flip(1)]).problem is None
+    assert expectation.judge([experts.flip(1), weights]).problem.startswith("result 1: ")

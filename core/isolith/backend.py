@@ -23,6 +23,7 @@ class Backend:
         versions: Versions of the vendor's software by distribution name.
         reference_is_native: The reference is this backend's own implementation where it has no kernel of its own, so
             running it is no step down. True for `cpu` alone.
+        twin: A module that sets up a simulated device of this backend's type, for conformance runs without hardware.
     """
 
     name: str
@@ -33,3 +34,4 @@ class Backend:
     arch: Callable[[], str] | None = None
     versions: Callable[[], Mapping[str, str]] | None = None
     reference_is_native: bool = False
+    twin: str | None = None

@@ -4,9 +4,10 @@ The environment is read in this file alone.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from dataclasses import field as dataclass_field
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from isolith.errors import ConfigError, nearest
@@ -118,6 +119,12 @@ def from_environment(environment: Mapping[str, str] | None = None) -> Settings:
             values[field.name] = field.metadata["parse"](variable, text.strip())
             sources.append((field.name, f"environment variable {variable}"))
     return Settings(**values, sources=tuple(sources))
+
+
+def environment_of_child(patterns: Sequence[str], **more: str) -> dict[str, str]:
+    """The variables whose names match one of the patterns ("PATH", "LC_*"), and some more, for another process."""
+    allowed = {name: text for name, text in os.environ.items() if any(fnmatchcase(name, p) for p in patterns)}
+    return {**allowed, **more}
 
 
 def overridden(settings: Settings, **changes: Any) -> Settings:  # Any: settings are of several types

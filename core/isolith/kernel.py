@@ -81,10 +81,17 @@ class Kernel(Generic[P, R]):
     fn: Callable[P, R]
     requires: Requires
     why_not: Callable[..., WhyNot] | None
+    nondeterministic: bool = False
+    batch_invariant: bool = False
 
 
 def implements(
-    operator: "Operator[P, R]", *, requires: Requires | None = None, why_not: Callable[..., WhyNot] | None = None
+    operator: "Operator[P, R]",
+    *,
+    requires: Requires | None = None,
+    why_not: Callable[..., WhyNot] | None = None,
+    nondeterministic: bool = False,
+    batch_invariant: bool = False,
 ) -> Callable[[Callable[P, R]], Kernel[P, R]]:
     """Mark a function as a kernel of `operator`; nothing is registered until its backend is loaded.
 
@@ -93,10 +100,20 @@ def implements(
         requires: What relates to one argument or to the device, as data.
         why_not: What relates arguments to each other: gets every argument by name, names those it uses and takes the
             others as `**_`; returns a sentence with the number in it, or None.
+        nondeterministic: Declares that two runs may differ, each within the limits.
+        batch_invariant: Claims that a row's result is the same to the bit whatever else is in the batch.
     """
 
     def mark(fn: Callable[P, R]) -> Kernel[P, R]:
-        return Kernel(operator=operator, name=fn.__name__, fn=fn, requires=requires or Requires(), why_not=why_not)
+        return Kernel(
+            operator=operator,
+            name=fn.__name__,
+            fn=fn,
+            requires=requires or Requires(),
+            why_not=why_not,
+            nondeterministic=nondeterministic,
+            batch_invariant=batch_invariant,
+        )
 
     return mark
 

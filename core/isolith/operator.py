@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, ParamSpec, TypeVar, get_args
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from isolith import dispatch
 from isolith.dtypes import FLOAT, dtype_name, listed
 from isolith.errors import ArgumentError
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 from isolith.shapes import Shapes, parse
 
 P = ParamSpec("P")
@@ -48,8 +48,8 @@ class Operator(Generic[P, R]):
     """A device-neutral operator. Calling it checks the arguments, selects a kernel and runs it.
 
     The reference and its variants have the operator's signature. The parts that look at a call (`fake`, `check`,
-    `check_values`, `cost`, `selects_by`, `defined`) get every argument by name, name the ones they use and take the
-    others as `**_`.
+    `check_values`, `cost`, `selects_by`, `competes`, `unrounded`, `defined`) get every argument by name, name the ones
+    they use and take the others as `**_`.
 
     Args:
         name: The operator's name, equal to the name of its file.
@@ -66,10 +66,18 @@ class Operator(Generic[P, R]):
         mutates: Arguments written in place.
         bitwise: Copies, counts and permutations: one right answer, to the bit.
         selects_by: For selections: the values by which they choose, from the operator's arguments.
+        competes: For selections: which of these values may be chosen at all, a boolean each; None = all.
+        ordered: For selections: whether the chosen stand in the order of their values, the largest first.
+        unrounded: For quantisation: each output before it is rounded to its codes, or to its scale's dtype, in float64;
+            NaN where it is unspecified.
+        declared: Roundings that are legal only for a kernel that declares them, by name: "tf32".
         defined: Which elements of the outputs, then of the mutated arguments, are specified: a boolean mask each that
             broadcasts over leading axes' elements (or None for all), from the operator's arguments before the call.
         composed_of: Names of the operators that the reference calls, for a composite.
         sample_dtypes: Dtypes to make samples in.
+        relations: Metamorphic relations that hold for every right kernel, from a Make.
+        invariants: For mappings and selections: the first sentence that does not hold of the results (outputs, then
+            mutated arguments), or None; gets `results` and every argument, and reads indices and counts alone.
     """
 
     name: str
@@ -86,9 +94,15 @@ class Operator(Generic[P, R]):
     mutates: tuple[str, ...] = ()
     bitwise: bool = False
     selects_by: Callable[..., Tensor] | None = None
+    competes: Callable[..., Tensor] | None = None
+    ordered: bool = False
+    unrounded: Callable[..., tuple[Tensor, ...]] | None = None
+    declared: Mapping[str, tuple[Callable[P, R], ...]] = field(default_factory=dict)
     defined: Callable[..., tuple[Tensor | None, ...]] | None = None
     composed_of: tuple[str, ...] = ()
     sample_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    relations: Callable[[Make], Iterator[Relation]] | None = None
+    invariants: Callable[..., str | None] | None = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the operator on the device that its tensors are on."""

@@ -1,7 +1,7 @@
 """Samples: the calls that an operator's file offers for checking any kernel of it."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ class Sample:
     """One legal call: a name, tags, and the arguments.
 
     Tags: "exact" (every legal rounding gives the same bits), "model" (a real model's layer shape), "slow" (more than
-    a second in the reference), "device" (too large for a host).
+    a second in the reference), "device" (too large for a host), "invariants" (many or large: judged by the operator's
+    invariants alone, since gold would take too long).
     """
 
     def __init__(self, name: str, /, *tags: str, **arguments: Any) -> None:  # Any: an operator's arguments
@@ -31,6 +32,29 @@ class ErrorSample(Sample):
     def __init__(self, name: str, /, *tags: str, says: str, **arguments: Any) -> None:  # Any: an operator's arguments
         super().__init__(name, *tags, **arguments)
         self.says = says
+
+
+@dataclass(frozen=True, kw_only=True)
+class Relation:
+    """A metamorphic relation: the results of one call, made of the results of others; it needs no gold.
+
+    Args:
+        name: A few words that say what holds: "values_times_8", "decode_is_prefill".
+        whole: The arguments of the call whose results are made.
+        parts: The arguments of the other calls, in order.
+        assemble: From the results of the parts (of each: outputs, then mutated arguments) those of `whole`; it moves,
+            merges or scales by powers of two, and looks at nothing else.
+        carry: Mutated arguments that every part takes from the part before it.
+        exact: Whether the results are equal to the bit whatever the legal rounding; else the assembled ones must
+            pass for results of `whole`.
+    """
+
+    name: str
+    whole: Mapping[str, Any]  # Any: an operator's arguments
+    parts: tuple[Mapping[str, Any], ...]
+    assemble: Callable[[list[list[Tensor]]], list[Tensor]]
+    carry: tuple[str, ...] = ()
+    exact: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,12 @@ from isolith import OPERATORS, ArgumentError, Make, override
 from isolith.dispatch import dispatcher
 from isolith.operator import in_float64
 from isolith.shapes import evaluate
+from isolith_conformance import bits
+from isolith_conformance.judge import judge
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
-PARTS = ("reference", "fake", "check", "check_values", "cost", "samples", "errors")
+PARTS = ("reference", "fake", "check", "check_values", "cost", "samples", "errors", "relations", "invariants")
+OPTIONAL = {"check_values", "relations", "invariants"}
 
 
 @cache
@@ -24,7 +27,7 @@ def labels(name):
     """The samples of an operator that a test can afford, as (name, tags)."""
     operator = OPERATORS[name]
     made = operator.samples(Make(operator.sample_dtypes[0], seed=name))
-    return [(sample.name, sample.tags) for sample in made if not sample.tags & {"slow", "device"}]
+    return [(sample.name, sample.tags) for sample in made if not sample.tags & {"slow", "device", "invariants"}]
 
 
 def cases():
@@ -39,6 +42,20 @@ def cases():
 
 
 CASES = list(cases())
+RELATIONS = [
+    pytest.param(name, relation.name, dtype, id=f"{name}-{relation.name}-{str(dtype).removeprefix('torch.')}")
+    for name, operator in OPERATORS.items()
+    if operator.relations
+    for relation in operator.relations(Make(operator.sample_dtypes[0], seed=name))
+    for dtype in operator.sample_dtypes
+]
+MANY = [
+    pytest.param(name, sample.name, id=f"{name}-{sample.name}")
+    for name, operator in OPERATORS.items()
+    if operator.invariants
+    for sample in operator.samples(Make(operator.sample_dtypes[0], seed=name))
+    if not sample.tags & {"slow", "device"}
+]
 ERRORS = [
     pytest.param(name, sample.name, id=f"{name}-{sample.name}")
     for name, operator in OPERATORS.items()
@@ -124,6 +141,70 @@ class TestSample:
             assert mask is None or (mask.dtype == torch.bool and mask.shape == result.shape[: mask.dim()])
 
 
+def results_of(operator, arguments):
+    """Outputs, then mutated arguments, of the reference."""
+    given = copied(arguments)
+    return tensors_of(operator.reference(**given)) + [given[key] for key in operator.mutates]
+
+
+def assembled(operator, relation):
+    """The results of the whole, made of those of the parts."""
+    results, carried = [], {}
+    for part in relation.parts:
+        results.append(results_of(operator, operator.arguments(**{**part, **carried})))
+        mutated = results[-1][len(results[-1]) - len(operator.mutates) :]
+        carried = {key: value for key, value in zip(operator.mutates, mutated, strict=True) if key in relation.carry}
+    return relation.assemble(results)
+
+
+def differing(operator, relation):
+    """What keeps the assembled results from being those of the whole, in the reference."""
+    whole = operator.arguments(**relation.whole)
+    made = assembled(operator, relation)
+    if not relation.exact:
+        return judge(operator, whole, made).problem
+    expected = results_of(operator, whole)
+    return bits.differing(operator, whole, expected, made)
+
+
+@lru_cache(maxsize=1)
+def relations_of(name, dtype):
+    return {relation.name: relation for relation in OPERATORS[name].relations(Make(dtype, seed=name))}
+
+
+@pytest.mark.parametrize(("name", "label", "dtype"), RELATIONS)
+def test_relation_is_one_of_legal_calls_and_holds_for_the_reference(name, label, dtype):
+    operator, relation = OPERATORS[name], relations_of(name, dtype).get(label)
+    if relation is None:
+        pytest.skip("the operator states this relation in other dtypes alone")
+    for call in (relation.whole, *relation.parts):
+        operator.validate(operator.arguments(**call))
+    if operator.check_values:
+        operator.check_values(**operator.arguments(**relation.whole))
+    assert differing(operator, relation) is None
+
+
+@pytest.mark.parametrize(("name", "label"), MANY)
+def test_invariants_hold_for_the_reference(name, label):
+    operator, arguments = sample_of(name, label, OPERATORS[name].sample_dtypes[0])
+    results = results_of(operator, arguments)
+    assert operator.invariants(results=results, **arguments) is None
+
+
+@pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if operator.invariants])
+def test_invariants_see_every_integer_result_that_is_one_too_high(name):
+    operator, seen = OPERATORS[name], {}
+    for sample in operator.samples(Make(operator.sample_dtypes[0], seed=name)):
+        if not sample.tags & {"slow", "device", "model", "invariants"}:
+            arguments = operator.arguments(**sample.arguments)
+            results = results_of(operator, arguments)
+            for place in [place for place, result in enumerate(results) if result.dtype == torch.int32]:
+                wrong = [result + 1 if at == place else result for at, result in enumerate(results)]
+                seen[place] = seen.get(place) or operator.invariants(results=wrong, **arguments)
+    assert seen
+    assert all(seen.values()), seen
+
+
 def stated_sizes(shape, sizes):
     """The sizes that a declaration states for an output: None for an axis it leaves open, None where all are."""
     if shape.open_rank and shape.axes[0] == "*":
@@ -191,7 +272,7 @@ def test_parts_stand_in_order_with_one_signature(name):
     tree = ast.parse(Path(module.__file__).read_text())
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in PARTS]
     assert functions == [part for part in PARTS if part in functions]
-    assert set(PARTS) - set(functions) <= {"check_values"}
+    assert set(PARTS) - set(functions) <= OPTIONAL
     ours = [(p.name, p.default) for p in operator.signature.parameters.values()]
     for variant in operator.variants:
         assert [(p.name, p.default) for p in inspect.signature(variant).parameters.values()] == ours

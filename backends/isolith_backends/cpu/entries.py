@@ -33,11 +33,13 @@ def entries_of_blocks(cache: Tensor, blocks: Tensor, room: Tensor) -> Tensor:
 def entries_in_slots(cache: Tensor, slots: Tensor) -> Tensor:
     """The entries in [tokens, n] slots, in float32; -1 gives some entry of the pool."""
     layout, slot = format_of(cache), slots.clamp(min=0)
-    if layout is None:
+    if layout is None and cache.is_contiguous():
         rows = cache.view(-1, cache.shape[2]).index_select(0, slot.flatten())
         return rows.float().view(*slots.shape, -1)
-    data, scales = views(cache, layout)
     block, row = slot // cache.shape[1], slot % cache.shape[1]
+    if layout is None:
+        return cache[block, row].float()
+    data, scales = views(cache, layout)
     return dequantised(data[block, row], scales[block, row], layout)
 
 

@@ -10,10 +10,10 @@ from isolith.sample import Make
 def quantised_weight(
     make: Make, kind: str, n: int, k: int, *experts: int, low: int = -6, high: int = 6
 ) -> dict[str, Tensor]:
-    """A `weight` [*experts, n, k] with codes of every size and its `weight_scale`, powers of two from 2^low to 2^high.
+    """A `weight` [*experts, n, k] with codes of every size and its `weight_scale`, from 2^low to 2^high.
 
-    Kinds: "e4m3" (blocks of 128, e8m0 scales), "e4m3_float32" (float32 scales), "e4m3_32" (blocks of 32), "e2m1" and
-    "int8".
+    Kinds: "e4m3" (blocks of 128, e8m0 scales), "e4m3_float32" (float32 scales, no powers of two), "e4m3_32" (the same
+    in blocks of 32), "e2m1" (e8m0) and "int8" (float32).
     """
     if kind == "int8":
         weight = make.integers(-128, 128, *experts, n, k, dtype=torch.int8)
@@ -22,9 +22,11 @@ def quantised_weight(
     else:
         weight = make.normal(*experts, n, k, dtype=torch.float8_e4m3fn)
     shape = scale_shape(weight, *((32, 32) if kind == "e4m3_32" else (128, 128)))
-    exponent = make.integers(low, high + 1, *shape, dtype=torch.float64)
-    scale_dtype = torch.float8_e8m0fnu if kind in ("e2m1", "e4m3") else torch.float32
-    return {"weight": weight, "weight_scale": make.place(torch.exp2(exponent), scale_dtype)}
+    scale = torch.exp2(make.integers(low, high + 1, *shape, dtype=torch.float64))
+    if kind in ("e2m1", "e4m3"):
+        return {"weight": weight, "weight_scale": make.place(scale, torch.float8_e8m0fnu)}
+    mantissa = make.uniform(*shape, low=0.5, high=1.0, dtype=torch.float64)
+    return {"weight": weight, "weight_scale": make.place(scale * mantissa, torch.float32)}
 
 
 def quantised_activations(make: Make, kind: str, rows: int, k: int, act_group: int = 128) -> dict[str, Tensor]:

@@ -77,3 +77,23 @@ def check_topk_idx(operator: str, topk_idx: Tensor, experts: int) -> None:
     if low < -1 or high >= experts:
         got = low if low < -1 else high
         raise ArgumentError(f"{operator}: topk_idx must be in 0..experts-1 = {experts - 1}, or -1; got {got}.")
+
+
+def live(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """[T] bool: tokens that are not switched off."""
+    return torch.ones_like(logits[:, 0], dtype=torch.bool) if mask is None else mask
+
+
+def wrong_experts(indices: Tensor, on: Tensor, experts: int) -> str | None:
+    """What is wrong with the range of chosen experts, or None; `on` are the tokens that have any."""
+    low = torch.where(on, 0, -1)[:, None]
+    high = torch.where(on, experts - 1, -1)[:, None]
+    wrong = bool(((indices < low) | (indices > high)).any())
+    return f"topk_idx is not in 0..experts-1 = {experts - 1}, or -1 where mask is off" if wrong else None
+
+
+def wrong_weights(weights: Tensor, on: Tensor, defined: Tensor) -> str | None:
+    """What is wrong with routing weights whatever the scores, or None."""
+    if bool(((weights != 0).any(1) & ~on).any()):
+        return "topk_weights is not 0 where mask is off"
+    return None if bool(weights[defined].isfinite().all()) else "topk_weights is not finite"

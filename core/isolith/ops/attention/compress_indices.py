@@ -15,8 +15,10 @@ from torch import Tensor
 
 from isolith.dtypes import INTEGER
 from isolith.errors import ArgumentError
+from isolith.materials.lists import wrong_list
+from isolith.materials.relations import reordered, same
 from isolith.operator import Cost, Operator
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(positions: Tensor, ratio: int, max_entries: int) -> Tensor:
@@ -59,8 +61,12 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample(
         "window_ends_of_128", positions=make.tensor([126, 127, 255, 256], torch.int64), ratio=128, max_entries=2
     )
+    # No power of two, nor its inverse a number of any float.
+    yield Sample("ratio_3", positions=make.tensor([1, 2, 3, 5, 8, 299], torch.int32), ratio=3, max_entries=100)
     yield Sample("ratio_1", positions=make.tensor([0, 2], torch.int32), ratio=1, max_entries=4)
     yield Sample("no_entries", positions=make.tensor([0, 2], torch.int32), ratio=4, max_entries=0)
+    many = make.integers(0, 2**11, 70_000)
+    yield Sample("tokens_70000", "invariants", positions=many, ratio=128, max_entries=16)
     yield Sample("no_tokens", positions=make.tensor([], torch.int32), ratio=4, max_entries=3)
 
 
@@ -78,6 +84,32 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield ErrorSample("negative", positions=positions - 1, ratio=4, max_entries=2, says=says)
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    call = {"positions": make.integers(0, 60, 33), "ratio": 4, "max_entries": 15}
+    yield reordered("tokens_reordered", call, make.permutation(33), {"positions": 0}, {0: 0}, exact=True)
+
+    def fewer(parts: list[list[Tensor]]) -> list[Tensor]:
+        return [parts[0][0][:, :15].contiguous()]
+
+    wider = {**call, "max_entries": 300}
+    yield Relation(name="more_room", whole=call, parts=(wider,), assemble=fewer, exact=True)
+    # The last token of window w of 4 sees what token w sees of windows of one.
+    ends = make.integers(0, 60, 33) * 4 + 3
+    yield same(
+        "ratio_1",
+        {**call, "positions": ends // 4, "ratio": 1, "max_entries": 60},
+        {"positions": ends, "ratio": 4},
+        exact=True,
+    )
+
+
+def invariants(results: list[Tensor], positions: Tensor, ratio: int, **_: object) -> str | None:
+    visible = (positions.long() + 1) // ratio
+    wrong = wrong_list(results[0].long(), visible, visible)
+    steps = results[0].diff(dim=1)[results[0][:, 1:] >= 0]
+    return wrong if wrong or bool((steps == 1).all()) else "a list does not rise by one"
+
+
 compress_indices = Operator(
     name="compress_indices",
     shapes="positions[tokens] -> indices[tokens max_entries]",
@@ -92,4 +124,6 @@ compress_indices = Operator(
     errors=errors,
     bitwise=True,
     sample_dtypes=(torch.float32,),
+    relations=relations,
+    invariants=invariants,
 )

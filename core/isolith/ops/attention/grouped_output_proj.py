@@ -21,6 +21,7 @@ from torch import Tensor
 
 from isolith.dtypes import E4M3, FLOAT, INT8, PACKED, SCALE, dtype_name, widen
 from isolith.errors import ArgumentError
+from isolith.materials.relations import joined, reordered, same, scaled, take
 from isolith.numerics.codes import check_at_least_one, check_scale_format
 from isolith.numerics.scaled_matmul import (
     check_act_quant,
@@ -33,7 +34,7 @@ from isolith.numerics.scaled_matmul import (
 from isolith.operator import Cost, Operator
 from isolith.ops.quant.quant_linear import made_weight, quantised, sum_in_order
 from isolith.ops.quant.quant_linear import reference as quant_linear
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(
@@ -167,12 +168,19 @@ def cost(
 
 
 def made_weights(
-    make: Make, kinds: str, groups: int, rank: int, inner: int, hidden: int, block: int = 128
+    make: Make,
+    kinds: str,
+    groups: int,
+    rank: int,
+    inner: int,
+    hidden: int,
+    block: int = 128,
+    block_k: int = 0,
 ) -> dict[str, Tensor]:
-    """wo_a and wo_b of two kinds, "fp8 fp4" for example, with the scales that they need."""
+    """wo_a and wo_b of two kinds, "fp8 fp4" for example, with the scales that they need; block_k 0 = block."""
     kind_a, kind_b = kinds.split()
-    wo_a = [made_weight(make, kind_a, rank, inner, block, block) for _ in range(groups)]
-    wo_b = made_weight(make, kind_b, hidden, groups * rank, block, block)
+    wo_a = [made_weight(make, kind_a, rank, inner, block, block_k or block) for _ in range(groups)]
+    wo_b = made_weight(make, kind_b, hidden, groups * rank, block, block_k or block)
     weights = {"wo_a": torch.stack([part["weight"] for part in wo_a]), "wo_b": wo_b["weight"]}
     if "weight_scale" in wo_a[0]:
         weights["wo_a_scale"] = torch.stack([part["weight_scale"] for part in wo_a])
@@ -196,8 +204,19 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("groups_of_all_sizes", x=x, **made_weights(make, "int8 float", 2, 32, 64, 24), act_quant_a="auto")
     # A rank that no block divides.
     yield Sample("one_group", x=make.normal(2, 3, 40), **made_weights(make, "float fp8", 1, 72, 120, 56))
-    weights = made_weights(make, "fp8 fp8", 2, 64, 96, 40, block=32)
-    yield Sample("blocks_of_32", x=make.normal(3, 4, 48), **weights, block_n=32, block_k=32)
+    weights = made_weights(make, "fp8 fp8", 2, 64, 96, 64, 32, 64)
+    yield Sample("blocks_of_32_by_64", x=make.normal(3, 4, 48), **weights, block_n=32, block_k=64)
+    # The last group of activations is short: one that reached into the next heads would lose them.
+    rules = {"act_quant_a": "fp8", "act_quant_b": "none", "act_group": 64}
+    x = make.normal(3, 4, 48) * make.tensor([[1.0], [64.0], [2.0**-12], [2.0**-12]])
+    weights = made_weights(make, "fp8 float", 2, 48, 96, 40)
+    weights["wo_b"][:, 48:] *= 2.0**12
+    yield Sample("short_last_groups", x=x, **weights, **rules)
+    weights = made_weights(make, "int8 int8", 2, 32, 64, 24)
+    weights["wo_a"][:, ::3, ::2] = weights["wo_b"][::3, ::2] = -128
+    yield Sample(
+        "int8_weights_of_minus_128", x=make.normal(3, 4, 32), **weights, act_quant_a="none", act_quant_b="none"
+    )
     x = make.normal(4, 3, 64).transpose(0, 1)
     yield Sample("permuted_axes", x=x, **made_weights(make, "float fp8", 2, 128, 128, 48))
     yield Sample("no_tokens", x=make.normal(0, 4, 64), **made_weights(make, "fp8 fp8", 2, 128, 128, 48))
@@ -234,6 +253,17 @@ def errors(make: Make) -> Iterator[ErrorSample]:
         yield ErrorSample(name, **{"x": x, **plain, **arguments}, says=f"grouped_output_proj: {says}")
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    call = {"x": make.normal(7, 6, 16), **made_weights(make, "float float", 2, 24, 48, 40)}
+    yield scaled("x_times_8", call, {"x": 3}, [3])
+    yield joined("tokens_apart", call, [1, 4], ["x"])
+    yield reordered("outputs_reordered", call, make.permutation(40), {"wo_b": 0}, {0: 1})
+    # The second group first: its heads, its rows of wo_a, and the columns of wo_b that it meets.
+    heads, columns = torch.arange(6).roll(3), torch.arange(48).roll(24)
+    exchanged = {"x": take(call["x"], heads, 1), "wo_a": call["wo_a"].flip(0), "wo_b": take(call["wo_b"], columns, 1)}
+    yield same("groups_exchanged", call, exchanged)
+
+
 grouped_output_proj = Operator(
     name="grouped_output_proj",
     shapes="x[tokens heads head_dim] wo_a[groups rank _] wo_b[hidden _] wo_a_scale?[groups _ _] wo_b_scale?[_ _]"
@@ -252,4 +282,5 @@ grouped_output_proj = Operator(
     cost=cost,
     samples=samples,
     errors=errors,
+    relations=relations,
 )

@@ -27,13 +27,14 @@ from isolith.dtypes import FLOAT, INT32, INTEGER, PACKED, WIDE, widen
 from isolith.errors import ArgumentError
 from isolith.materials.batches import pool_of_items
 from isolith.materials.byte_pools import byte_pool
+from isolith.materials.relations_attention import relations_of_layers
 from isolith.numerics.pages import check_block_table, check_cache, check_held, entry_dim, slots_of_items
 from isolith.numerics.ragged import check_cu_seqlens, check_start_pos, items_of_spans, positions_of_tokens
 from isolith.operator import Cost, Operator
 from isolith.ops.attention.compress_indices import compress_indices
 from isolith.ops.attention.sparse_attn import online, rounded_halves, sparse_attn
 from isolith.ops.attention.window_indices import window_indices
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(
@@ -347,6 +348,10 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield wrong("short_table", call | {"topk_indices": None, "start_pos": call["start_pos"] + 8}, says)
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    yield from relations_of_layers(make, arguments)
+
+
 hybrid_attention = Operator(
     name="hybrid_attention",
     shapes="q[tokens heads head_dim] window_cache[window_blocks window_block_size _]"
@@ -369,4 +374,5 @@ hybrid_attention = Operator(
     samples=samples,
     errors=errors,
     composed_of=("window_indices", "compress_indices", "sparse_attn"),
+    relations=relations,
 )

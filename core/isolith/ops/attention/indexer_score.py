@@ -22,11 +22,12 @@ from torch import Tensor
 from isolith.dtypes import E4M3, FLOAT, FLOAT_NAMES, INT32, PACKED, SCALE, listed
 from isolith.errors import ArgumentError
 from isolith.materials.indexer import batch_of_scores, errors_of_indexer, quantised_kinds
+from isolith.materials.relations_indexer import relations_of_scores
 from isolith.numerics.codes import decode
 from isolith.numerics.pages import check_block_table, check_cache, entry_dim, read_entries, slots_of_items
 from isolith.numerics.ragged import check_cu_seqlens, check_start_pos, positions_of_tokens
 from isolith.operator import Cost, Operator
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(
@@ -271,6 +272,10 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield from errors_of_indexer(make, "indexer_score", call)
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    yield from relations_of_scores(make)
+
+
 indexer_score = Operator(
     name="indexer_score",
     shapes="q[tokens heads _] weights[tokens heads] k_cache[blocks block_size _] block_table[sequences max_blocks] "
@@ -292,4 +297,5 @@ indexer_score = Operator(
     cost=cost,
     samples=samples,
     errors=errors,
+    relations=relations,
 )

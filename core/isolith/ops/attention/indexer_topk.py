@@ -22,17 +22,16 @@ from torch import Tensor
 
 from isolith.dtypes import FLOAT, INTEGER
 from isolith.errors import ArgumentError
+from isolith.materials.lists import wrong_list
+from isolith.materials.relations_indexer import relations_of_topk
 from isolith.operator import Cost, Operator
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(
     scores: Tensor, lengths: Tensor, k: int, candidates: Tensor | None = None, candidate_block: int = 1
 ) -> tuple[Tensor, Tensor]:
-    entries = scores.shape[1]
-    competes = torch.arange(entries, device=scores.device) < lengths[:, None]
-    if candidates is not None:
-        competes &= listed(candidates, candidate_block, entries)
+    entries, competes = scores.shape[1], competing(scores, lengths, candidates, candidate_block)
     # Two stable sorts: by score, ties staying in the order of entries; then what competes before what does not.
     by_score = scores.argsort(dim=1, descending=True, stable=True)
     first = (~competes.gather(1, by_score)).to(torch.uint8).argsort(dim=1, stable=True)
@@ -40,6 +39,14 @@ def reference(
     topk_length = competes.sum(1).clamp(max=k)
     indices = torch.where(torch.arange(k, device=scores.device) < topk_length[:, None], order, -1)
     return indices.to(torch.int32), topk_length.to(torch.int32)
+
+
+def competing(
+    scores: Tensor, lengths: Tensor, candidates: Tensor | None = None, candidate_block: int = 1, **_: object
+) -> Tensor:
+    """Whether an entry is visible and among the candidates: [tokens, entries]."""
+    visible = torch.arange(scores.shape[1], device=scores.device) < lengths[:, None]
+    return visible if candidates is None else visible & listed(candidates, candidate_block, scores.shape[1])
 
 
 def listed(candidates: Tensor, candidate_block: int, entries: int) -> Tensor:
@@ -109,24 +116,42 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("tiny_of_both_signs", scores=tiny, lengths=lengths(200, 190), k=130)
     yield Sample("subnormal", scores=tiny, lengths=lengths(200, 190), k=30)
     yield Sample("all_negative", scores=-make.normal(2, 200).abs(), lengths=lengths(200, 150), k=20)
+    # Neighbours of a dtype: who ranks by fewer bits mistakes them.
+    close = make.tensor([make.permutation(90).tolist() for _ in range(2)]) * torch.finfo(make.dtype).eps + 1.0
+    yield Sample("neighbouring_values", "exact", scores=close, lengths=lengths(90, 80), k=37)
+    yield Sample("entries_70000", scores=make.normal(2, 70000), lengths=lengths(70000, 66000), k=512)
     # Visible entries of -inf compete after finite ones; the invisible hold NaN and inf.
     holes = make.normal(3, 20)
     holes[:, ::2], holes[1, :] = -torch.inf, -torch.inf
     holes[:, 15:], holes[:, 12:15] = torch.nan, torch.inf
     yield Sample("infinite", "exact", scores=holes, lengths=lengths(12, 10, 3), k=8)
     yield from samples_of_candidates(make)
+    yield from samples_of_many(make)
 
 
 def samples_of_candidates(make: Make) -> Iterator[Sample]:
-    rows = make.tensor([[3, 0, 3, -1], [-1, -1, -1, -1], [1, 99, 4, 2**31 - 1], [2, 2, 2, 2]], torch.int32)
-    call = {"lengths": make.tensor([40, 40, 37, 18], torch.int32), "candidates": rows}
+    rows = make.tensor([[3, -1, 0, 3], [-1, -1, -1, -1], [1, 99, 3, 2**31 - 1], [2, 4, 2, 4]], torch.int32)
+    call = {"lengths": make.tensor([40, 40, 40, 34], torch.int32), "candidates": rows}
     yield Sample("candidates_of_8", scores=make.normal(4, 40), k=12, candidate_block=8, **call)
     yield Sample("candidates_of_1", scores=make.normal(4, 40), k=2, **call | {"candidates": rows.long()})
     yield Sample("candidate_ties", "exact", scores=make.zeros(4, 40), k=9, candidate_block=8, **call)
+    # The last block is short, and k more than the candidates of any token.
+    yield Sample("short_last_block", scores=make.normal(4, 37), k=20, candidate_block=8, **call)
     yield Sample("no_candidate_columns", scores=make.normal(4, 40), k=3, **call | {"candidates": rows[:, :0]})
     none = make.integers(0, 1, 0)
     yield Sample("no_tokens", scores=make.zeros(0, 40), lengths=none, k=4)
     yield Sample("no_entries", scores=make.zeros(2, 0), lengths=make.integers(0, 1, 2), k=4)
+
+
+def samples_of_many(make: Make) -> Iterator[Sample]:
+    """Judged by the invariants alone: more entries than 20 bits count, more tokens than 16."""
+    long = {"scores": make.integers(-50, 50, 1, 1_048_577).to(make.dtype), "lengths": make.full(2**30, 1)}
+    yield Sample("4096_of_1048577", "invariants", scores=long["scores"], lengths=long["lengths"].int(), k=4096)
+    lengths = make.integers(0, 12, 70_000)
+    many = {"scores": make.small_integers(70_000, 9), "lengths": lengths, "k": 5}
+    yield Sample("tokens_70000", "invariants", **many)
+    pairs = make.integers(-1, 4, 70_000, 2)
+    yield Sample("candidates_70000", "invariants", **many | {"candidates": pairs, "candidate_block": 3})
 
 
 def errors(make: Make) -> Iterator[ErrorSample]:
@@ -138,6 +163,42 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield ErrorSample("lengths", scores=scores, lengths=lengths[:2], k=1, says=says)
     says = "indexer_topk: lengths must be int32 or int64; got float32."
     yield ErrorSample("float_lengths", scores=scores, lengths=lengths.float(), k=1, says=says)
+
+
+def relations(make: Make) -> Iterator[Relation]:
+    yield from relations_of_topk(make)
+
+
+def invariants(
+    results: list[Tensor],
+    scores: Tensor,
+    lengths: Tensor,
+    candidates: Tensor | None,
+    candidate_block: int,
+    **_: object,
+) -> str | None:
+    return wrong_selection(results, lengths, scores.shape[1], candidates, candidate_block)
+
+
+def wrong_selection(
+    results: list[Tensor], lengths: Tensor, entries: int, candidates: Tensor | None, candidate_block: int
+) -> str | None:
+    """The first thing wrong with a selection apart from its values, or None."""
+    indices, topk_length = results
+    end = lengths.clamp(min=0, max=entries)
+    competing = end
+    if candidates is not None:
+        seen = torch.arange(entries, device=lengths.device) < lengths[:, None]
+        marks = listed(candidates, candidate_block, entries) & seen
+        competing = marks.sum(1)
+    due = competing.clamp(max=indices.shape[1])
+    if not torch.equal(topk_length.long(), due.long()):
+        return "topk_length is not the smaller of k and the number of entries that compete"
+    wrong = wrong_list(indices, due, end)
+    if wrong is None and candidates is not None and entries:
+        chosen = marks.gather(1, indices.clamp(min=0).long()) | (indices < 0)
+        return None if bool(chosen.all()) else "a list names an entry outside the candidates"
+    return wrong
 
 
 indexer_topk = Operator(
@@ -152,4 +213,7 @@ indexer_topk = Operator(
     samples=samples,
     errors=errors,
     selects_by=scores_of,
+    competes=competing,
+    relations=relations,
+    invariants=invariants,
 )

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from isolith.dtypes import FLOAT, FLOAT_NAMES, INTEGER, PACKED
+from isolith.materials.relations import inverse, joined, same, take
 from isolith.numerics.codes import check_out_dtype
 from isolith.numerics.pages import FORMATS, check_cache, check_slots, entry_dim, read_entries
 from isolith.operator import Cost, Operator
 from isolith.ops.attention.kv_cache_write import random_pool, rows_for
 from isolith.ops.attention.kv_cache_write import reference as kv_cache_write
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(cache: Tensor, slot_mapping: Tensor, out_dtype: str = "bfloat16") -> Tensor:
@@ -84,6 +85,8 @@ def samples(make: Make) -> Iterator[Sample]:
     pool = make.normal(3, 9, 512)[:, :8]
     slots = make.tensor([5, -1, 17, 0, 5], torch.int32)
     yield Sample("floats", cache=pool, slot_mapping=slots, out_dtype=out)
+    far = make.integers(65536, 70000, 5)  # more than 16 bits count
+    yield Sample("slots_beyond_16_bits", cache=make.normal(4375, 16, 4), slot_mapping=far, out_dtype=out)
     # NaN in every slot but those read.
     pool = make.full(torch.nan, 3, 8, 128)
     pool[1, 3] = make.normal(128)
@@ -106,6 +109,19 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield ErrorSample("int8_cache", cache=cache.view(torch.int8), slot_mapping=slots, says=says)
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    for entry in FORMATS:
+        cache, slots = written(make, 3, 8, entry)
+        slots = make.integers(-1, 24, 30)
+        call = {"cache": cache, "slot_mapping": slots, "out_dtype": "float32"}
+        yield joined(f"{entry}_bytes_rows_apart", call, [1, 7], ["slot_mapping"])
+        order = make.permutation(3)
+        block = inverse(order).to(make.device)[slots.clamp(min=0).long() // 8] * 8
+        moved = torch.where(slots < 0, slots, (block + slots % 8).to(slots.dtype))
+        pool = {"cache": take(cache, order), "slot_mapping": moved}
+        yield same(f"{entry}_bytes_blocks_renumbered", call, pool)
+
+
 kv_cache_read = Operator(
     name="kv_cache_read",
     shapes="cache[blocks block_size _] slot_mapping[*] -> y[* _]",
@@ -118,4 +134,5 @@ kv_cache_read = Operator(
     cost=cost,
     samples=samples,
     errors=errors,
+    relations=relations,
 )

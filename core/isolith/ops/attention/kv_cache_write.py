@@ -27,13 +27,14 @@ from torch import Tensor
 
 from isolith.dtypes import FLOAT, INTEGER, PACKED
 from isolith.errors import ArgumentError
+from isolith.materials.relations import reordered
 from isolith.numerics.codes import E2M1_MAX, E4M3_MAX, SMALLEST_SCALE, check_amax_floor, check_scale_format
 from isolith.numerics.pages import FORMATS, check_cache, check_slots, entry_dim, format_of, write_entries, write_rows
 from isolith.operator import Cost, Operator
 from isolith.ops.quant.act_quant_fp4 import reference as act_quant_fp4
 from isolith.ops.quant.act_quant_fp4 import without_negative_zeros
 from isolith.ops.quant.act_quant_fp8 import reference as act_quant_fp8
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(
@@ -133,6 +134,14 @@ def special_samples(make: Make) -> Iterator[Sample]:
     yield Sample("floats", cache=padded, x=make.normal(4, 512), slot_mapping=slots)
     cache = make.normal(3, 8, 576, dtype=torch.bfloat16)
     yield Sample("floats_rounded_to_the_pool", cache=cache, x=make.normal(4, 576), slot_mapping=slots)
+    far = make.tensor([65535, 65536, 69999], torch.int32)  # more than 16 bits count
+    yield Sample("slots_beyond_16_bits", cache=make.normal(4375, 16, 4), x=make.normal(3, 4), slot_mapping=far)
+    # The amax of each group is the first value beyond one that the largest code holds with half the scale.
+    for entry, most in ((584, 448.0), (656, 448.0), (132, 448.0), (68, 6.0)):
+        x = make.normal(4, FORMATS[entry].dim, std=0.1).abs()
+        x[:, :: FORMATS[entry].group] = most * (1 + torch.finfo(make.dtype).eps)
+        cache = random_pool(make, 3, 8, entry)
+        yield Sample(f"{entry}_bytes_amax_beyond_a_power_of_two", cache=cache, x=x, slot_mapping=slots)
     x = make.normal(4, 512)
     x[1] = torch.nan
     yield Sample("skipped_row_is_nan", cache=random_pool(make, 3, 8, 584), x=x, slot_mapping=slots)
@@ -187,6 +196,25 @@ def errors(make: Make) -> Iterator[ErrorSample]:
         yield ErrorSample(name, **{**good, **arguments}, says=f"kv_cache_write: {says}")
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    def last(parts: list[list[Tensor]]) -> list[Tensor]:
+        return parts[-1]
+
+    for entry in FORMATS:
+        slots = make.place(make.permutation(24)[:9], torch.int32)
+        slots[3] = -1
+        call = {"cache": random_pool(make, 3, 8, entry), "x": rows_for(make, 9, entry), "slot_mapping": slots}
+        order = make.permutation(9)
+        axes = {"x": 0, "slot_mapping": 0}
+        yield reordered(f"{entry}_bytes_rows_reordered", call, order, axes, {}, exact=True)
+        pieces = tuple(
+            {**call, "x": call["x"][low:high].contiguous(), "slot_mapping": slots[low:high].contiguous()}
+            for low, high in ((0, 1), (1, 5), (5, 9))
+        )
+        name = f"{entry}_bytes_in_three_calls"
+        yield Relation(name=name, whole=call, parts=pieces, assemble=last, carry=("cache",), exact=True)
+
+
 kv_cache_write = Operator(
     name="kv_cache_write",
     shapes="cache[blocks block_size _] x[tokens _] slot_mapping[tokens] ->",
@@ -201,4 +229,5 @@ kv_cache_write = Operator(
     errors=errors,
     mutates=("cache",),
     bitwise=True,
+    relations=relations,
 )

@@ -18,7 +18,8 @@ its token, and p < start_pos; others may hold anything, NaN too. So start_pos = 
 smaller start_pos than before takes tokens back. Reads come first; then every token of the call is written, in order,
 where the table has a block: in a ring (blocks named again and again) of m rows, 2m with overlap, the latest stays.
 Specified after a call that ends at length L are the rows of tokens m*floor(L/m) .. L-1, with overlap also of the m
-before them. A row that has no block when it is to be read is the caller's error.
+before them; blocks that the table does not name stay as they were. A row that has no block when it is to be read is the
+caller's error.
 
 Projections, logits and pooling in float32, whatever the weights' dtypes; pooled value, norm, rotation and Hadamard are
 rounded to x's dtype each (one rounding at the end is legal). Quantising is the cache write's.
@@ -36,6 +37,7 @@ from torch import Tensor
 from isolith.dtypes import FLOAT, INT32, WIDE, widen
 from isolith.errors import ArgumentError
 from isolith.materials.batches import pages_or_ring
+from isolith.materials.relations_kv_compress import relations_of_compressor
 from isolith.numerics import windows
 from isolith.numerics.pages import check_block_table, read_entries
 from isolith.numerics.ragged import check_cu_seqlens, check_start_pos, positions_of_tokens
@@ -44,7 +46,7 @@ from isolith.operator import Cost, Operator
 from isolith.ops.norm.rms_norm import reference as rms_norm
 from isolith.ops.rotary.hadamard import reference as hadamard
 from isolith.ops.rotary.rope import reference as rope
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(
@@ -130,7 +132,9 @@ def defined(
 ) -> tuple[Tensor | None, ...]:
     entries = windows.entries_of_call(cu_seqlens, start_pos, x.shape[0], ratio)
     lengths = start_pos + cu_seqlens.diff()
-    return entries.emitted, None, windows.live_rows(state_cache, state_block_table, lengths, ratio, overlap)
+    rows = windows.live_rows(state_cache, state_block_table, lengths, ratio, overlap)
+    block = torch.arange(state_cache.shape[0], device=state_cache.device)
+    return entries.emitted, None, rows | ~torch.isin(block, state_block_table)[:, None]
 
 
 def fake(
@@ -289,6 +293,10 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("window_before_dominates", **call)
     call = arguments(make, [21, 5], [0, 21])
     call["state_block_table"][0, :4] = call["state_block_table"][1, :4] = -1
+    # Nobody names the first block or the last, where the row of a token without a block might end up.
+    table, spare = call["state_block_table"], torch.full_like(call["state_cache"][:1], torch.nan)
+    call["state_block_table"] = torch.where(table >= 0, table + 1, -1).to(torch.int32)
+    call["state_cache"] = torch.cat((spare, call["state_cache"], spare))
     yield Sample("old_rows_are_not_kept", **call)
     # Logits in the hundreds: exp overflows unless the largest is subtracted.
     call = arguments(make, [9, 1], [0, 7])
@@ -340,6 +348,17 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield ErrorSample("rotate_width", **arguments(make, [9], dim=12, rotate=True), says=says)
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    yield from relations_of_compressor(make, arguments)
+
+
+def invariants(
+    results: list[Tensor], x: Tensor, cu_seqlens: Tensor, start_pos: Tensor, ratio: int, **_: object
+) -> str | None:
+    due = windows.entries_of_call(cu_seqlens, start_pos, x.shape[0], ratio).cu_entries
+    return None if torch.equal(results[1].long(), due) else "cu_entries does not count the entries emitted"
+
+
 kv_compress = Operator(
     name="kv_compress",
     shapes="x[tokens hidden] wkv[channels hidden] wgate[channels hidden] norm_weight[dim] cos_table[length pairs]"
@@ -360,4 +379,6 @@ kv_compress = Operator(
     errors=errors,
     mutates=("state_cache",),
     defined=defined,
+    relations=relations,
+    invariants=invariants,
 )

@@ -21,6 +21,7 @@ from torch import Tensor
 from isolith.dtypes import E4M3, FLOAT, INT32, INTEGER, PACKED, SCALE
 from isolith.errors import ArgumentError
 from isolith.materials.indexer import batch_of_scores, errors_of_indexer, quantised_kinds
+from isolith.materials.relations_indexer import relations_of_selection
 from isolith.numerics.pages import entry_dim
 from isolith.numerics.ragged import positions_of_tokens
 from isolith.operator import Cost, Operator
@@ -32,8 +33,8 @@ from isolith.ops.attention.indexer_score import (
     math_of_scores,
 )
 from isolith.ops.attention.indexer_score import reference as reference_scores
-from isolith.ops.attention.indexer_topk import indexer_topk
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.ops.attention.indexer_topk import competing, indexer_topk, wrong_selection
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(
@@ -79,6 +80,22 @@ def scores_of(
         *(q, weights, k_cache, block_table, cu_seqlens, start_pos, ratio, max_entries),
         *(softmax_scale, q_scale, out_dtype),
     )
+
+
+def competes(
+    q: Tensor,
+    cu_seqlens: Tensor,
+    start_pos: Tensor,
+    ratio: int,
+    max_entries: int,
+    candidates: Tensor | None,
+    candidate_block: int,
+    **_: object,
+) -> Tensor:
+    """The entries that are visible, and listed."""
+    position = positions_of_tokens(cu_seqlens, start_pos, q.shape[0])[1]
+    entries = position.new_empty(()).expand(q.shape[0], max_entries)
+    return competing(entries, (position + 1) // ratio, candidates, candidate_block)
 
 
 def fake(q: Tensor, k: int, **_: object) -> tuple[Tensor, Tensor]:
@@ -165,6 +182,11 @@ def samples(make: Make) -> Iterator[Sample]:
     integers = {"q": make.small_integers(4, 4, 32), "weights": make.small_integers(4, 4), "softmax_scale": 0.25}
     keys = make.small_integers(*against["k_cache"].shape)
     yield Sample("many_ties", "exact", **against | integers | {"k_cache": keys, "k": 64})
+    # A cheap head over more entries than 16 bits count, and more tokens.
+    long = batch_of_scores(make, [2], [131_070], 1, 1, 4, 64)
+    yield Sample("entries_131072", "invariants", **long | {"k": 2048})
+    many = batch_of_scores(make, [70_000], [0], 16_384, 1, 4, 64)
+    yield Sample("tokens_70000", "invariants", **many | {"k": 2})
     yield Sample("nothing_visible", **batch_of_scores(make, [3], [0], 4, 4, 32, 8) | {"k": 4})
     none = batch_of_scores(make, [0, 0], [5, 9], 4, 4, 128, 8) | {"k": 4}
     yield Sample("no_tokens", **none)
@@ -179,6 +201,24 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield ErrorSample("k_0", says="lightning_indexer: k must be at least 1; got 0.", **call | {"k": 0})
     says = "lightning_indexer: candidate_block must be at least 1; got 0."
     yield ErrorSample("candidate_block_0", says=says, **call | {"candidate_block": 0})
+
+
+def relations(make: Make) -> Iterator[Relation]:
+    yield from relations_of_selection(make)
+
+
+def invariants(
+    results: list[Tensor],
+    cu_seqlens: Tensor,
+    start_pos: Tensor,
+    ratio: int,
+    max_entries: int,
+    candidates: Tensor | None,
+    candidate_block: int,
+    **_: object,
+) -> str | None:
+    position = positions_of_tokens(cu_seqlens, start_pos, results[0].shape[0])[1]
+    return wrong_selection(results, (position + 1) // ratio, max_entries, candidates, candidate_block)
 
 
 lightning_indexer = Operator(
@@ -205,5 +245,8 @@ lightning_indexer = Operator(
     samples=samples,
     errors=errors,
     selects_by=scores_of,
+    competes=competes,
     composed_of=("indexer_score", "indexer_topk"),
+    relations=relations,
+    invariants=invariants,
 )

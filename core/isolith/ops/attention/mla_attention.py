@@ -28,12 +28,14 @@ from isolith.dtypes import FLOAT, INT32, INTEGER, PACKED, widen
 from isolith.errors import ArgumentError
 from isolith.materials.batches import pool_of_items
 from isolith.materials.byte_pools import byte_pool
+from isolith.materials.relations import Ragged, in_steps, pages_renumbered, reordered, same, scaled, sequences_apart
 from isolith.numerics.lists import slots_of_columns
 from isolith.numerics.pages import check_block_table, check_cache, entry_dim, read_entries
 from isolith.numerics.ragged import check_cu_seqlens, check_start_pos, positions_of_tokens
 from isolith.operator import Cost, Operator
 from isolith.ops.attention.sparse_attn import reference as sparse_attn
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.ops.attention.sparse_attn import rounded_halves as in_halves
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(
@@ -127,6 +129,30 @@ def rounded_between(
         rows, kv_cache, indices, softmax_scale, None, topk_length, block_table, cu_seqlens, value_dim=latent
     )
     return torch.einsum("thc,hvc->thv", out.to(dtype), w_uv.to(dtype)).to(q.dtype).contiguous(), lse
+
+
+def merged_halves(
+    q: Tensor,
+    kv_cache: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    start_pos: Tensor,
+    softmax_scale: float,
+    absorbed: bool = True,
+    topk_indices: Tensor | None = None,
+    topk_length: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Each half of the entries by itself, merged by lse, as a decoding kernel that splits them does."""
+    nope, latent = w_uk.shape[1:]
+    wide = q.to(widen(q.dtype))
+    rows = torch.cat((torch.einsum("thn,hnc->thc", wide[..., :nope], w_uk.to(wide.dtype)), wide[..., nope:]), dim=-1)
+    indices = visible_positions(cu_seqlens, start_pos, q.shape[0], topk_indices)
+    out, lse = in_halves(
+        rows, kv_cache, indices, softmax_scale, None, topk_length, block_table, cu_seqlens, value_dim=latent
+    )
+    return torch.einsum("thc,hvc->thv", out, w_uv.to(wide.dtype)).to(q.dtype).contiguous(), lse
 
 
 def fake(q: Tensor, w_uv: Tensor, **_: object) -> tuple[Tensor, Tensor]:
@@ -232,6 +258,8 @@ def samples(make: Make) -> Iterator[Sample]:
     lost["block_table"][0, 2] = -1
     yield Sample("positions_without_a_block", **lost)
     yield Sample("one_token", **call([1], [0], 4, (16, 8, 32, 24), 4))
+    # A weight transposed, or taken for the other one, has the right shape.
+    yield Sample("square_weights", **call([2, 1], [5, 9], 2, (16, 8, 16, 16), 4))
     yield Sample("large_logits", **ragged | {"softmax_scale": 20.0})
     yield Sample("no_rotary_part", **call([3], [5], 2, (16, 0, 32, 8), 4))
     yield Sample("no_tokens", **call([0, 0], [4, 0], 4, (16, 8, 32, 24), 4))
@@ -269,6 +297,23 @@ def errors(make: Make) -> Iterator[ErrorSample]:
         yield ErrorSample(name, says=f"mla_attention: {says}", **call | change)
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    calls = {sample.name: sample.arguments for sample in samples(make)}
+    ragged = Ragged(tokens=("q", "topk_indices", "topk_length"), sequences=("block_table",))
+    call = calls["ragged"]
+    for name in ("listed_lengths", "ragged_per_head"):
+        steps = [[2, 0, 0, 1], [0, 0, 1, 2], [2, 0, 0, 3]]
+        yield in_steps(f"chunks_are_prefill_{name}", calls[name], steps, ragged)
+    yield sequences_apart("sequences_apart", call, ragged)
+    order = make.permutation(call["kv_cache"].shape[0])
+    yield pages_renumbered("pages_renumbered", call, order, "kv_cache", "block_table")
+    yield reordered("heads_reordered", call, make.permutation(4), {"q": 1, "w_uk": 0, "w_uv": 0}, {0: 1, 1: 1})
+    yield same("absorbed_or_not", call, {"absorbed": False})
+    yield scaled("values_times_8", call, {"w_uv": 3}, [3, 0])
+    if make.dtype != torch.float16:  # where scaling is not exact, and gold of a model's shape takes long
+        yield scaled("v3_values_times_8", calls["v3_decode"], {"w_uv": 3}, [3, 0])
+
+
 mla_attention = Operator(
     name="mla_attention",
     shapes="q[tokens heads _] kv_cache[blocks block_size _] w_uk[heads nope latent] w_uv[heads value_dim latent] "
@@ -286,11 +331,12 @@ mla_attention = Operator(
         "topk_length": INTEGER,
     },
     reference=reference,
-    variants=(per_head, rounded_between),
+    variants=(per_head, rounded_between, merged_halves),
     fake=fake,
     check=check,
     check_values=check_values,
     cost=cost,
     samples=samples,
     errors=errors,
+    relations=relations,
 )

@@ -17,6 +17,7 @@ Source: DeepSeek-V4 inference/kernel.py, sparse_attn; FlashMLA 9241ae3 tests/ref
 lse, empty rows); sink: arXiv:2309.17453 and gpt-oss.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -26,12 +27,14 @@ from torch import Tensor
 
 from isolith.dtypes import FLOAT, INT32, INTEGER, PACKED, WIDE, widen
 from isolith.errors import ArgumentError
+from isolith.materials.batches import batch_of_lists
 from isolith.materials.byte_pools import byte_pool
+from isolith.materials.relations_attention import relations_of_lists
 from isolith.numerics.lists import listed_entries
 from isolith.numerics.pages import check_block_table, check_cache, entry_dim
 from isolith.numerics.ragged import check_cu_seqlens
 from isolith.operator import Cost, Operator
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(
@@ -253,12 +256,20 @@ def samples_of_slots(make: Make) -> Iterator[Sample]:
     yield Sample("no_tokens", **call(0, 8, 64, 20, 16))
     yield Sample("no_columns", **call(2, 4, 32, 20, 0))
     yield Sample("no_blocks", **call(2, 4, 32, 20, 3) | {"kv_cache": make.zeros(0, 16, 32)})
-    # One entry of weight exactly 1 is returned as it lies in the pool.
-    alone = call(3, 4, 32, 20, 1) | {"q": make.small_integers(3, 4, 32), "kv_cache": make.small_integers(1, 20, 32)}
-    yield Sample("single_entry", "exact", **alone | {"softmax_scale": 0.25, "sink": None})
-    # More tokens than 16 bits count, the most that some axes of a launch grid take.
-    many = {"q": make.small_integers(70000, 2, 4), "kv_cache": make.small_integers(1, 20, 4), "softmax_scale": 0.25}
-    yield Sample("tokens_70000", "exact", "device", **call(70000, 2, 4, 20, 1) | many | {"sink": None})
+    # One entry of weight exactly 1 is returned as it lies in the pool; a logit of 0 has its lse in every base.
+    yield Sample("single_entry", "exact", **call(3, 4, 32, 20, 1) | {"q": make.zeros(3, 4, 32), "sink": None})
+    # More tokens than 16 bits count, the most that some axes of a launch grid take; then more slots.
+    many = call(66000, 1, 2, 20, 1) | {"q": make.zeros(66000, 1, 2), "sink": None}
+    yield Sample("tokens_66000", "exact", **many)
+    large = call(2, 2, 8, 70000, 3) | {"indices": make.integers(65536, 70000, 2, 3)}
+    table = {"cu_seqlens": make.batch([2])[0], "extra_block_table": make.tensor([[4374, 4100]], torch.int32)}
+    table |= {"extra_kv_cache": make.normal(4375, 16, 8), "extra_indices": make.integers(0, 32, 2, 3)}
+    yield Sample("slots_beyond_16_bits", **large | table)
+    # The one valid column has a logit far below numbers that stand for -inf elsewhere.
+    deep = {"q": make.uniform(6, 4, 32, low=8.0, high=16.0), "kv_cache": make.uniform(1, 20, 32, low=-16.0, high=-8.0)}
+    deep["indices"] = make.tensor([[-1, 5, -1, -1], [7, -1, 99, -1]] * 3, torch.int32) + make.integers(0, 3, 6, 1)
+    deep["indices"] -= 3
+    yield Sample("one_logit_of_minus_100000", **call(6, 4, 32, 20, 4) | deep | {"sink": None, "softmax_scale": 24.0})
     # The sink must count once, unscaled, on a head of its own; +inf takes everything, -inf nothing.
     sink = make.tensor([6.0, -6.0, torch.inf, -torch.inf, 0.0, 3.0, 90.0, -90.0], torch.float32)
     yield Sample("extreme_sinks", **call(4, 8, 64, 50, 20) | {"sink": sink})
@@ -272,32 +283,12 @@ def samples_of_slots(make: Make) -> Iterator[Sample]:
     poisoned = call(5, 4, 32, 20, 6) | {"topk_length": make.tensor([6, 9, 6, 3, 0], torch.int32)}
     poisoned["kv_cache"][:, [0, 10, 11, 12]], poisoned["kv_cache"][:, 13:] = torch.nan, torch.inf
     yield Sample("invalid_columns", **poisoned | {"indices": make.tensor(rows, torch.int32)})
-    several = {"kv_cache": make.normal(3, 7, 32), "value_dim": 24, "sink": None}
+    several = {"kv_cache": make.normal(3, 8, 32)[:, :7], "value_dim": 24, "sink": None}
     yield Sample("slots_of_several_blocks", **call(3, 2, 32, 21, 21) | several)
 
 
 def samples_of_batches(make: Make) -> Iterator[Sample]:
-    def call(  # tokens of each sequence, items of each in the two pools
-        tokens: list[int], items: list[int], extra: list[int], heads: int, dim: int, columns: tuple[int, int]
-    ) -> dict[str, Any]:  # Any: arguments
-        count = sum(tokens)
-        pool, extra_pool = make.pages(items, 16), make.pages(extra, 61)
-        caches = [make.normal(p.blocks, p.block_size, dim) for p in (pool, extra_pool)]
-        for cache, pages in zip(caches, (pool, extra_pool), strict=True):
-            cache[~torch.isin(torch.arange(pages.blocks, device=make.device), pages.block_table)] = torch.nan
-        return {
-            "q": make.normal(count, heads, dim),
-            "kv_cache": caches[0],
-            "indices": make.integers(-3, max(items, default=0) + 32, count, columns[0]),  # some behind the table
-            "softmax_scale": dim**-0.5,
-            "sink": make.normal(heads, dtype=torch.float32),
-            "block_table": pool.block_table,
-            "cu_seqlens": make.batch(tokens)[0],
-            "extra_kv_cache": caches[1],
-            "extra_indices": make.integers(-3, max(extra, default=0) + 122, count, columns[1]),
-            "extra_block_table": extra_pool.block_table,
-        }
-
+    call = functools.partial(batch_of_lists, make)
     flash = call([1, 1], [128, 144], [700, 650], 64, 512, (128, 512))
     yield Sample("flash_decode", "model", **flash)
     quantised = {"kv_cache": byte_pool(make, 584, 18, 16), "extra_kv_cache": byte_pool(make, 584, 24, 61)}
@@ -305,6 +296,7 @@ def samples_of_batches(make: Make) -> Iterator[Sample]:
     ragged = call([3, 0, 5, 1], [40, 30, 7, 16], [12, 0, 200, 61], 8, 48, (20, 33))
     yield Sample("ragged_two_pools", **ragged)
     lengths = {"topk_length": make.integers(0, 25, 9), "extra_topk_length": make.integers(-1, 33, 9)}
+    lengths["topk_length"][:3] = lengths["extra_topk_length"][3:6] = make.tensor([0, -1, 50], torch.int32)
     yield Sample("ragged_lengths", **ragged | lengths)
     yield Sample("large_sink_two_pools", **ragged | {"sink": make.full(6.0, 8, dtype=torch.float32)})
     unread = {"indices": make.full(-1, 9, 20, dtype=torch.int32), "kv_cache": make.full(torch.nan, 8, 16, 48)}
@@ -350,6 +342,10 @@ def refused(name: str, call: dict[str, Any], says: str) -> ErrorSample:  # Any: 
     return ErrorSample(name, says=f"sparse_attn: {says}", **call)
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    yield from relations_of_lists(make, functools.partial(batch_of_lists, make))
+
+
 sparse_attn = Operator(
     name="sparse_attn",
     shapes="q[tokens heads head_dim] kv_cache[blocks block_size _] indices[tokens columns] sink?[heads] "
@@ -378,4 +374,5 @@ sparse_attn = Operator(
     cost=cost,
     samples=samples,
     errors=errors,
+    relations=relations,
 )

@@ -29,7 +29,17 @@ from torch import Tensor
 
 from isolith.dtypes import E4M3, FLOAT, INT8, INTEGER, PACKED, SCALE, WIDE, dtype_name, widen
 from isolith.errors import ArgumentError
-from isolith.materials.experts import EXPONENTS, moe_layer, quantised_experts, shared_expert
+from isolith.materials.experts import (
+    EXPONENTS,
+    in_oblong_blocks,
+    layer_of_integers,
+    layer_of_uneven_groups,
+    mixed_experts,
+    moe_layer,
+    quantised_experts,
+    shared_expert,
+)
+from isolith.materials.relations_fused_moe import relations_of_experts
 from isolith.numerics.codes import check_at_least_one, check_scale_format
 from isolith.numerics.routing import check_topk_idx
 from isolith.numerics.scaled_matmul import check_act_quant, check_weight_kind, math_of, resolve_act_quant
@@ -41,7 +51,7 @@ from isolith.ops.moe.swiglu import swiglu
 from isolith.ops.quant.act_quant_fp8 import act_quant_fp8
 from isolith.ops.quant.act_quant_int8 import act_quant_int8
 from isolith.ops.quant.quant_linear import quant_linear
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 PARTS = ("moe_permute", "act_quant_fp8", "act_quant_int8", "grouped_gemm", "swiglu", "quant_linear", "moe_unpermute")
 
@@ -279,6 +289,13 @@ def float_samples(make: Make) -> Iterator[Sample]:
     yield Sample("one_token", **moe_layer(make, 1), swiglu_limit=10.0)
     yield Sample("odd_sizes", **moe_layer(make, 5, 33, 17, experts=5, k=5), **shared_expert(make, 33, 7))
     yield Sample("no_tokens", **moe_layer(make, 0), **shared_expert(make))
+    # All is exact but the sum of slots: they cancel, or the shared expert does, or the sum is rounded.
+    integers = layer_of_integers(make)
+    yield Sample("slots_cancel", "exact", **integers)
+    integers["topk_idx"] = make.tensor([[0, 1, -1]] * 6, torch.int32)
+    yield Sample("rounded_once", **integers)
+    opposite = {"shared_w13": integers["w13"][0], "shared_w2": integers["w2"][2]}
+    yield Sample("shared_cancels", "exact", **integers, **opposite)
 
 
 def quantised_samples(make: Make) -> Iterator[Sample]:
@@ -295,6 +312,19 @@ def quantised_samples(make: Make) -> Iterator[Sample]:
     for group in (128, 32):
         yield Sample(f"v4_mixture_group_{group}", **both, swiglu_limit=2.0, act_group=group)
     yield Sample("v4_mixture_weight_after_down", **both, weight_before_down=False)
+    yield Sample("v4_mixture_weight_only", **both, act_quant="none")
+    oblong = {**moe_layer(make, 7, 160, 96), **quantised_experts(make, "e4m3_32", 160, 96, 8)}
+    yield Sample("oblong_blocks", **in_oblong_blocks(oblong, "w13_scale", "w2_scale"))
+    yield Sample("uneven_groups", **layer_of_uneven_groups(make))
+    float32_scales = {**moe_layer(make, 7, 160, 96), **quantised_experts(make, "e4m3_float32", 160, 96, 8)}
+    float32_scales |= quantised_experts(make, "e4m3_float32", 160, 64, prefix="shared_")
+    yield Sample("v3_mixture", **float32_scales, scale_format="float32")
+    # Each weight asks for its own kind of activations, or all get the one that is asked for.
+    kinds = {**moe_layer(make, 7, 160, 96), **mixed_experts(make, 160, 96, 8, up="e4m3", down="int8")}
+    kinds |= mixed_experts(make, 160, 64, prefix="shared_", up="int8", down="e2m1")
+    yield Sample("mixed_kinds", **kinds)
+    yield Sample("int8_for_all", **kinds, act_quant="int8")
+    yield Sample("int8_for_floats", **moe_layer(make, 7), **shared_expert(make), act_quant="int8")
 
 
 def errors(make: Make) -> Iterator[ErrorSample]:
@@ -329,6 +359,10 @@ def errors(make: Make) -> Iterator[ErrorSample]:
         yield ErrorSample(name, says=f"fused_moe: {says}", **{**given, **changed})
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    yield from relations_of_experts(make)
+
+
 fused_moe = Operator(
     name="fused_moe",
     shapes="x[tokens hidden] topk_idx[tokens k] topk_weights[tokens k] w13[experts gate_up _] w2[experts hidden _]"
@@ -350,4 +384,5 @@ fused_moe = Operator(
     samples=samples,
     errors=errors,
     composed_of=PARTS,
+    relations=relations,
 )

@@ -28,6 +28,8 @@ from torch import Tensor
 
 from isolith.dtypes import E4M3, FLOAT, FLOAT_NAMES, INT8, INTEGER, PACKED, SCALE, dtype_name, widen
 from isolith.errors import ArgumentError
+from isolith.materials.codes import every_code
+from isolith.materials.relations_products import relations_of_grouped_gemm
 from isolith.materials.weights import quantised_activations, quantised_weight
 from isolith.numerics.codes import check_at_least_one, check_out_dtype
 from isolith.numerics.scaled_matmul import (
@@ -39,7 +41,7 @@ from isolith.numerics.scaled_matmul import (
 )
 from isolith.operator import Cost, Operator
 from isolith.ops.quant.quant_linear import scaled_sums
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 Rows = slice | tuple[int, slice]
 """Where an expert's rows are: in the rows of a 2-d x, or in x[e] of a 3-d one."""
@@ -214,7 +216,7 @@ def layout_samples(make: Make) -> Iterator[Sample]:
     for pattern in range(8):
         counts = [(pattern >> expert & 1) * (2 + expert) for expert in range(3)]
         yield laid(f"experts_{pattern:03b}", counts, 11, 24, 40)
-    yield laid("alignment_4", [0, 3, 0, 4, 5, 0], 20, 8, 33, 4)
+    yield laid("alignment_4", [0, 3, 0, 6, 5, 0], 20, 8, 33, 4)
     yield laid("alignment_128", [1, 0, 129, 128], 640, 8, 16, 128)
     yield laid("300_rows_to_one", [0, 300, 0], 301, 5, 7)
     yield laid("square", [3, 4], 7, 32, 32)
@@ -224,7 +226,15 @@ def layout_samples(make: Make) -> Iterator[Sample]:
     masked = make.small_integers(4, 5, 24)
     ends = make.tensor([0, 5, 1, 3], torch.int64)
     masked[torch.arange(5, device=make.device) >= ends[:, None]] = float("nan")
-    yield Sample("masked", "exact", x=masked, weight=make.small_integers(4, 9, 24), expert_counts=ends, out_dtype=out)
+    yield Sample(
+        "masked",
+        "exact",
+        x=masked,
+        weight=make.small_integers(4, 9, 24),
+        expert_counts=ends,
+        alignment=4,
+        out_dtype=out,
+    )
 
 
 def quantised_samples(make: Make) -> Iterator[Sample]:
@@ -239,20 +249,19 @@ def quantised_samples(make: Make) -> Iterator[Sample]:
         given = {**quantised_weight(make, kind, n, k, 3), "expert_counts": counts, "block_n": block, "block_k": block}
         for group in (128, 32):
             scaled = quantised_activations(make, "e4m3", 9, k, group)
+            if kind == "e4m3_float32":
+                scaled["x_scale"] = make.uniform(*scaled["x_scale"].shape, low=0.1, dtype=torch.float32)
             yield Sample(f"{kind}_group_{group}", **scaled, **given, act_group=group, out_dtype=out)
         yield Sample(f"{kind}_weight_only", x=make.normal(9, k), **given, out_dtype=out)
     given = {**quantised_weight(make, "int8", 33, 1100, 3), "expert_counts": counts, "out_dtype": out}
     yield Sample("int8", **quantised_activations(make, "int8", 7, 1100), **given)
     yield Sample("int8_weight_only", x=make.normal(7, 1100), **given)
-    # Every e2m1 code, both nibbles, -0 too: the product with a unit row is the code's value.
-    codes = make.place(torch.arange(256).view(1, 8, 32), torch.uint8)
-    ones = {
-        "x_scale": make.full(1.0, 64, 1, dtype=torch.float32),
-        "weight_scale": make.full(2.0, 1, 8, 2, dtype=torch.float32),
-    }
-    units = make.place(torch.eye(64), torch.float8_e4m3fn)
-    rows = make.tensor([64], torch.int32)
-    yield Sample("every_e2m1_code", "exact", x=units, weight=codes, expert_counts=rows, **ones, out_dtype=out)
+    # Blocks of different height and width.
+    given = {"weight": make.normal(3, 40, 112, dtype=torch.float8_e4m3fn), "expert_counts": counts, "out_dtype": out}
+    powers = torch.exp2(make.integers(-6, 7, 3, 3, 3, dtype=torch.float64))
+    given |= {"weight_scale": make.place(powers, torch.float8_e8m0fnu), "block_n": 16, "block_k": 48}
+    yield Sample("oblong_blocks", x=make.normal(9, 112), **given)
+    yield from every_code(make, out)
     # The smallest scale of act_quant_fp8, and weights whose scale a kernel must not flush.
     tiny = {
         **quantised_weight(make, "e4m3", 24, 128, 3),
@@ -285,6 +294,8 @@ def number_samples(make: Make) -> Iterator[Sample]:
     fine = make.integers(-8, 9, 12, 64, dtype=torch.float64) * 2.0**-13 + 1
     signs = make.small_integers(3, 16, 64)
     yield Sample("fine_values", x=fine.to(make.dtype), weight=signs, expert_counts=counts, out_dtype=out)
+    beyond = {"x": make.full(200.0, 12, 4), "weight": make.full(200.0, 3, 8, 4)}
+    yield Sample("sum_beyond_float16", **beyond, expert_counts=counts, out_dtype="float16")
     yield Sample("no_inputs", x=make.normal(12, 0), weight=make.normal(3, 8, 0), expert_counts=counts, out_dtype=out)
 
 
@@ -334,6 +345,10 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield wrong("too_many_masked_rows", says, x=stacked, expert_counts=make.tensor([4, 0], torch.int32))
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    yield from relations_of_grouped_gemm(make)
+
+
 grouped_gemm = Operator(
     name="grouped_gemm",
     shapes="x[... inputs] weight[experts outputs _] expert_counts[experts] x_scale?[... _] weight_scale?[experts _ _]"
@@ -354,4 +369,5 @@ grouped_gemm = Operator(
     samples=samples,
     errors=errors,
     defined=defined,
+    relations=relations,
 )

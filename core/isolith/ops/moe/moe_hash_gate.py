@@ -11,17 +11,19 @@ make that token's weights unspecified.
 Source: DeepSeek-V4 inference/model.py, Gate.forward (hash layers, tid2eid).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from isolith.dtypes import BOOL, INTEGER, WIDE
 from isolith.errors import ArgumentError
+from isolith.materials.relations import inverse, joined, reordered, same, scaled, take
 from isolith.numerics import routing
 from isolith.numerics.codes import check_choice
 from isolith.operator import Cost, Operator
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(
@@ -103,9 +105,16 @@ def samples(make: Make) -> Iterator[Sample]:
         }
 
     yield Sample("v4_flash", "model", **drawn(32, 256, 6, 512), routed_scale=1.5)
-    yield Sample("int64", **drawn(9, 24, 3, 40, torch.int64), routed_scale=2.5)
+    yield Sample("int64", **drawn(9, 24, 10, 40, torch.int64), routed_scale=2.5)
     yield Sample("sigmoid", **drawn(9, 24, 3, 40), score="sigmoid")
-    yield Sample("softmax", **drawn(9, 24, 3, 40), score="softmax", renormalize=False)
+    # A scale that no narrow format holds.
+    yield Sample("softmax", **drawn(9, 24, 3, 40), score="softmax", renormalize=False, routed_scale=2.827)
+    # Ids beyond 15 and 16 bits, experts beyond 8.
+    ids = make.tensor([69_999, 65_536, 65_535, 32_768, 32_767, 0], torch.int32)
+    table = make.integers(0, 384, 70_000, 2)
+    table[65_536:, 0] = make.integers(256, 384, 70_000 - 65_536)
+    yield Sample("wide_vocabulary", logits=make.normal(6, 384), token_ids=ids, table=table, routed_scale=2.827)
+    yield from range_samples(make, drawn)
     # Descending in the table's order only by chance: a sorted result shows.
     ends = {**drawn(4, 8, 3, 5), "token_ids": make.tensor([0, 4, 4, 0], torch.int32)}
     yield Sample("first_and_last_id", **ends)
@@ -122,10 +131,30 @@ def samples(make: Make) -> Iterator[Sample]:
     # Experts that the table does not choose must not show.
     hidden = drawn(6, 8, 2, 5)
     hidden["table"].fill_(3)
-    hidden["logits"][:, 6] = -3e38
-    yield Sample("huge_unchosen_logit", **hidden)
-    yield Sample("scores_underflow", **{**drawn(3, 8, 2, 5), "logits": make.full(-400.0, 3, 8)})
+    hidden["logits"][:, 6], hidden["logits"][:, 7] = -3e38, 3e38
+    yield Sample("huge_unchosen_logits", **hidden)
+    yield Sample("tokens_100000", "invariants", **drawn(100_000, 8, 2, 512))
     yield Sample("no_tokens", **drawn(0, 8, 2, 5))
+
+
+def range_samples(make: Make, drawn: Callable[..., dict[str, Tensor]]) -> Iterator[Sample]:
+    """Logits from everywhere in their range."""
+
+    def within(name: str, low: float, high: float, **given: Any) -> Sample:  # Any: the operator's arguments
+        return Sample(name, **{**drawn(6, 12, 3, 5), "logits": make.uniform(6, 12, low=low, high=high), **given})
+
+    yield within("low_logits", -30.0, -6.0)
+    # Where softplus is nearly, but not yet, the identity.
+    yield within("softplus_tail", 8.0, 18.0)
+    for score in routing.SCORES:
+        yield within(f"far_logits_{score}", 80.0, 110.0, score=score, renormalize=False, routed_scale=1.5)
+    yield Sample("scores_underflow", **{**drawn(3, 8, 2, 5), "logits": make.full(-400.0, 3, 8)})
+    # Sums of scores as small as what is added to them.
+    yield within("sum_near_the_floor", -47.0, -44.0, score="sigmoid")
+    apart = drawn(6, 8, 2, 5)
+    apart["logits"] += make.tensor([[300.0], [0.0]] * 3)
+    apart["logits"][4] = float("nan")
+    yield Sample("tokens_far_apart", **apart, score="softmax", renormalize=False)
 
 
 def errors(make: Make) -> Iterator[ErrorSample]:
@@ -149,6 +178,33 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield wrong("table_rank", "table must be [vocab k], 2 axes; got shape (4,).", table=table[:, 0])
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    table = torch.stack([make.permutation(24)[:4] for _ in range(40)]).to(make.device, torch.int32)
+    call: dict[str, Any] = {
+        "logits": make.normal(9, 24, std=2.0),
+        "token_ids": make.integers(0, 40, 9),
+        "table": table,
+        "routed_scale": 1.5,
+    }
+    order, ids = make.permutation(9), make.permutation(40)
+    yield reordered("tokens_reordered", call, order, {"logits": 0, "token_ids": 0}, {0: 0, 1: 0})
+    yield joined("tokens_apart", call, [1, 6], ["logits", "token_ids"])
+    yield reordered("slots_reordered", call, make.permutation(4), {"table": 1}, {0: 1, 1: 1})
+    number = inverse(ids).to(make.device)[call["token_ids"].long()].int()
+    yield same("vocabulary_renumbered", call, {"table": take(table, ids), "token_ids": number})
+    yield scaled("weights_times_4", call, {"routed_scale": 2}, [0, 2])
+
+
+def invariants(
+    results: list[Tensor], logits: Tensor, token_ids: Tensor, table: Tensor, mask: Tensor | None, **_: object
+) -> str | None:
+    indices, weights = results
+    on, chosen = routing.live(logits, mask), table[token_ids.long()].to(indices.dtype)
+    if not torch.equal(indices, chosen.masked_fill(~on[:, None], -1)):
+        return "topk_idx is not the table's row of each token, or -1"
+    return routing.wrong_weights(weights, on, routing.specified(logits, mask))
+
+
 moe_hash_gate = Operator(
     name="moe_hash_gate",
     shapes="logits[tokens experts] token_ids[tokens] table[vocab k] mask?[tokens]"
@@ -164,4 +220,6 @@ moe_hash_gate = Operator(
     errors=errors,
     defined=defined,
     sample_dtypes=(torch.float32,),
+    relations=relations,
+    invariants=invariants,
 )

@@ -17,6 +17,7 @@ DeepEP dd758ca (psum_num_recv_tokens_per_expert, expert_alignment).
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from isolith.dtypes import E4M3, FLOAT, INT8, INTEGER, PACKED, SCALE
 from isolith.numerics.codes import check_at_least_one
 from isolith.numerics.routing import check_topk_idx
 from isolith.operator import Cost, Operator
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(
@@ -119,6 +120,7 @@ def cost(x: Tensor, topk_idx: Tensor, experts: int, alignment: int = 1, x_scale:
 def samples(make: Make) -> Iterator[Sample]:
     yield from routing_samples(make)
     yield from payload_samples(make)
+    yield from many_samples(make)
 
 
 def routing_samples(make: Make) -> Iterator[Sample]:
@@ -149,15 +151,35 @@ def routing_samples(make: Make) -> Iterator[Sample]:
     yield routed("all_dropped", make.full(-1, 5, 2, dtype=torch.int32), 4, alignment=8)
     yield routed("counts_are_multiples", make.tensor([[0, 1]] * 16, torch.int32), 2, alignment=16)
     yield routed("one_over_a_multiple", make.tensor([[0, 1]] * 17, torch.int32), 2, alignment=16)
-    yield routed("more_experts_than_pairs", make.integers(0, 384, 3, 2), 384, alignment=4)
+    ends = make.tensor([[383, 128], [256, 0], [255, 383]], torch.int32)
+    yield routed("more_experts_than_pairs", ends, 384, alignment=4)
     yield routed("int64", make.integers(-1, 6, 9, 3, dtype=torch.int64), 6)
     yield routed("one_token", make.tensor([[3, 1]], torch.int32), 4)
     yield routed("one_expert", make.tensor([[0], [-1], [0]], torch.int32), 1, alignment=4)
     yield routed("no_tokens", make.zeros(0, 2, dtype=torch.int32), 4, alignment=8)
 
 
+def many_samples(make: Make) -> Iterator[Sample]:
+    """Judged by the invariants alone: every pattern of empty experts, and counts and pairs beyond 16 bits."""
+    # Each pattern has eight experts of its own, of which it leaves some without a token.
+    for low in range(0, 256, 64):
+        patterns = torch.arange(low, low + 64)
+        present = [[e if pattern >> e & 1 else -1 for e in range(8)] for pattern in patterns.tolist()]
+        idx = torch.tensor(present)
+        idx = torch.where(idx < 0, -1, idx + 8 * torch.arange(64)[:, None]).repeat(3, 1)
+        given = {"x": make.normal(192, 8), "topk_idx": make.place(idx, torch.int32), "experts": 512}
+        for alignment in (1, 8):
+            name = f"patterns_{low}_to_{low + 63}_alignment_{alignment}"
+            yield Sample(name, "invariants", **given, alignment=alignment)
+    many = {"x": make.normal(100_000, 2), "topk_idx": make.integers(-1, 384, 100_000, 8), "experts": 384}
+    yield Sample("tokens_100000", "invariants", **many, alignment=128)
+    heavy = make.integers(0, 3, 100_000, 1)
+    heavy[:70_000] = 1
+    yield Sample("tokens_70000_to_one", "invariants", x=make.normal(100_000, 2), topk_idx=heavy, experts=3, alignment=4)
+
+
 def payload_samples(make: Make) -> Iterator[Sample]:
-    """What is carried: codes with their scales, NaN in dropped tokens, no columns."""
+    """What is carried: codes with their scales, values of every kind, NaN in dropped tokens, no columns."""
     idx = make.integers(-1, 6, 9, 3)
     given = {"topk_idx": idx, "experts": 6, "alignment": 4}
     codes = make.normal(9, 256, dtype=torch.float8_e4m3fn)
@@ -166,7 +188,13 @@ def payload_samples(make: Make) -> Iterator[Sample]:
     yield Sample("e4m3_float32_scale", x=codes, x_scale=make.normal(9, 2, dtype=torch.float32), **given)
     rows = make.integers(-127, 128, 9, 16, dtype=torch.int8)
     yield Sample("int8", x=rows, x_scale=make.uniform(9, 1, dtype=torch.float32), **given)
-    yield Sample("packed_e2m1", x=make.integers(0, 256, 9, 16, dtype=torch.uint8), x_scale=powers, **given)
+    yield Sample("packed_e2m1", x=make.integers(0, 256, 9, 13, dtype=torch.uint8), x_scale=powers, **given)
+    # Nothing is computed with: every value arrives as it was, in a width that no vector divides.
+    values = make.normal(9, 13)
+    limits = torch.finfo(make.dtype)
+    kinds = (-0.0, limits.tiny / 4, -limits.tiny / 4, float("inf"), float("-inf"), float("nan"), limits.max)
+    values[:, : len(kinds)] = make.tensor(kinds)
+    yield Sample("values_of_every_kind", x=values, **given)
     dropped = make.normal(9, 8)
     dropped[4] = float("nan")
     idx = idx.clone()
@@ -194,6 +222,79 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield wrong("x_rank", "x must be [tokens hidden], 2 axes; got shape (8,).", x=x[0])
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    idx = make.integers(-1, 7, 33, 3)
+    call: dict[str, Any] = {"x": make.normal(33, 24), "topk_idx": idx, "experts": 7}  # Any: arguments
+    spread = {"x": call["x"].repeat_interleave(3, 0), "topk_idx": idx.reshape(-1, 1)}
+
+    def per_token(parts: list[list[Tensor]]) -> list[Tensor]:
+        return [*parts[0][:5], parts[0][5].view(33, 3), parts[0][6]]
+
+    yield Relation(name="slots_are_tokens", whole=call, parts=(call | spread,), assemble=per_token, exact=True)
+
+    def without_the_last(parts: list[list[Tensor]]) -> list[Tensor]:
+        return [result[:7] if place in (2, 3) else result for place, result in enumerate(parts[0])]
+
+    wider = call | {"experts": 300}
+    yield Relation(name="experts_without_tokens", whole=call, parts=(wider,), assemble=without_the_last, exact=True)
+    routed = {"topk_idx": make.integers(-1, 256, 300, 6), "experts": 256, "alignment": 16}
+    flash: dict[str, Any] = {"x": make.normal(300, 4096), **routed}
+
+    def side_by_side(parts: list[list[Tensor]]) -> list[Tensor]:
+        return [torch.cat((parts[0][0], parts[1][0]), dim=1), *parts[1][1:]]
+
+    halves = tuple(flash | {"x": half.contiguous()} for half in flash["x"].split((1001, 3095), dim=1))
+    yield Relation(name="columns_of_a_model_apart", whole=flash, parts=halves, assemble=side_by_side, exact=True)
+
+
+def invariants(
+    results: list[Tensor],
+    x: Tensor,
+    topk_idx: Tensor,
+    experts: int,
+    alignment: int,
+    x_scale: Tensor | None,
+    **_: object,
+) -> str | None:
+    rows, row_scale, counts, offsets, *maps = results
+    pos_to_pair, pair_to_pos, pos_to_expert = (each.flatten().long() for each in maps)
+    expert = topk_idx.flatten().long()
+    live = (expert >= 0).nonzero()[:, 0]
+    expert = expert[live]
+    histogram = torch.bincount(expert, minlength=experts)
+    padded = (histogram + alignment - 1) // alignment * alignment
+    start, held = padded.cumsum(0) - padded, pos_to_pair >= 0
+    if not torch.equal(counts.long(), histogram):
+        return "expert_counts is not the histogram of topk_idx"
+    if not torch.equal(offsets.long(), start + histogram):
+        return "expert_offsets is not where the rows of each expert end"
+    if not torch.equal((pair_to_pos >= 0).nonzero()[:, 0], live):
+        return "pair_to_pos is -1 for other pairs than those dropped"
+    position = pair_to_pos[live]
+    if bool((position < start[expert]).any()) or bool((position >= (start + histogram)[expert]).any()):
+        return "pair_to_pos names a row outside the expert's segment"
+    if int(held.sum()) != len(live) or not torch.equal(pos_to_pair[position], live):
+        return "pos_to_pair and pair_to_pos are not inverse to each other"
+    if not torch.equal(pos_to_expert[position], expert) or not torch.equal(pos_to_expert >= 0, held):
+        return "pos_to_expert is not the expert of each row, or -1"
+    if bool((pos_to_pair[pos_to_pair < 0] != -1).any()) or bool((pos_to_expert[~held] != -1).any()):
+        return "a row without a pair is marked by another number than -1"
+    in_order = torch.where(held, pos_to_pair + pos_to_expert * topk_idx.numel(), -1)[held].diff() > 0
+    if not bool(in_order.all()):
+        return "the pairs of an expert are not in their own order"
+    for name, carried, given in (("rows", rows, x), ("row_scale", row_scale, x_scale)):
+        if given is not None and not torch.equal(
+            as_bytes(carried[held]), as_bytes(given[pos_to_pair[held] // topk_idx.shape[1]])
+        ):
+            return f"{name} differ from those of their tokens"
+    return None
+
+
+def as_bytes(values: Tensor) -> Tensor:
+    """The bytes of rows, since NaN differs from itself."""
+    return values.contiguous().view(torch.uint8) if values.numel() else values.new_empty(0, dtype=torch.uint8)
+
+
 moe_permute = Operator(
     name="moe_permute",
     shapes="x[tokens hidden] topk_idx[tokens k] x_scale?[tokens groups] -> rows[total hidden] row_scale[*]"
@@ -213,4 +314,6 @@ moe_permute = Operator(
     errors=errors,
     bitwise=True,
     defined=defined,
+    relations=relations,
+    invariants=invariants,
 )

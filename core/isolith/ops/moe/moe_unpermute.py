@@ -12,14 +12,16 @@ TileKernels 36d9e45 reduce_fused (slot order).
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from isolith.dtypes import FLOAT, INTEGER, WIDE, widen
 from isolith.errors import ArgumentError
+from isolith.materials.relations import inverse, joined, reordered, same, scaled, take
 from isolith.operator import Cost, Operator
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(
@@ -115,7 +117,7 @@ def samples(make: Make) -> Iterator[Sample]:
     rows = make.normal(128, 4096)
     model = {"rows": rows, "pair_to_pos": mapping(16, 6, 32), "topk_weights": weights, "residual": shared}
     yield Sample("hidden_4096", "model", **model)
-    yield Sample("no_weights", rows=make.normal(20, 40), pair_to_pos=mapping(6, 3, 2))
+    yield Sample("no_weights", rows=make.normal(56, 40), pair_to_pos=mapping(6, 9, 2))
     some = mapping(9, 4, 5, dropped=0.4)
     yield Sample(
         "dropped_slots", rows=make.normal(41, 24), pair_to_pos=some, topk_weights=make.normal(9, 4, dtype=wide)
@@ -136,21 +138,41 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample(
         "zero_weights", rows=make.normal(12, 8), pair_to_pos=mapping(4, 3, 0), topk_weights=make.zeros(4, 3, dtype=wide)
     )
+    yield Sample(
+        "one_slot", rows=make.normal(5, 17), pair_to_pos=mapping(5, 1, 0), topk_weights=make.normal(5, 1, dtype=wide)
+    )
+    wide_rest = make.normal(5, 16, dtype=wide)
+    yield Sample("float32_residual", rows=make.normal(10, 16), pair_to_pos=mapping(5, 2, 0), residual=wide_rest)
+    # Rows beyond 15 and 16 bits.
+    far = make.tensor([[69_999, 65_536], [32_768, 65_535], [32_767, 0]], torch.int32)
+    yield Sample("70000_rows", rows=make.normal(70_000, 2), pair_to_pos=far)
+    order = make.tensor([[0, 1], [2, -1]], torch.int32)
+    yield Sample("sum_beyond_float16", rows=make.full(40_000.0, 3, 8), pair_to_pos=order)
+    yield Sample("no_tokens", rows=make.normal(8, 16), pair_to_pos=make.zeros(0, 3, dtype=torch.int32))
+    yield from samples_of_sums(make)
+
+
+def samples_of_sums(make: Make) -> Iterator[Sample]:
+    wide = torch.float32
     # Slots that nearly cancel: a sum in bf16 loses the rest.
     pair = make.normal(8, 64, std=8.0)
     near = torch.stack((pair, -pair, make.normal(8, 64, std=0.05)), dim=1).flatten(0, 1)
     order = make.tensor([[3 * t, 3 * t + 1, 3 * t + 2] for t in range(8)], torch.int32)
     yield Sample("cancelling", rows=near, pair_to_pos=order)
+    # Weights that nearly cancel, of one row: narrower weights or products lose the rest.
+    first = make.uniform(8, 1, low=0.3, high=0.9, dtype=wide)
+    opposed = torch.cat((first, make.uniform(8, 1, high=0.01, dtype=wide) - first), dim=1)
+    twice = make.tensor([[t, t] for t in range(8)], torch.int32)
+    yield Sample("cancelling_weights", rows=make.normal(8, 64), pair_to_pos=twice, topk_weights=opposed)
+    # A residual that cancels the sum: rounding either of them first loses the rest.
+    slots = make.normal(8, 2, 64, std=8.0)
+    rest = make.normal(8, 64, std=0.01, dtype=wide) - slots.to(wide).sum(1)
+    order = make.tensor([[2 * t, 2 * t + 1] for t in range(8)], torch.int32)
+    yield Sample("cancelling_residual", rows=slots.flatten(0, 1), pair_to_pos=order, residual=rest)
     # Many equal terms: a sum rounded after every slot drifts.
     ones = make.tensor([[t * 8 + s for s in range(8)] for t in range(4)], torch.int32)
     yield Sample("same_sign", rows=make.uniform(32, 64, low=1.0, high=1.1), pair_to_pos=ones)
     yield Sample("one_row_many_times", rows=make.normal(1, 16), pair_to_pos=make.zeros(3, 5, dtype=torch.int64))
-    yield Sample(
-        "one_slot", rows=make.normal(5, 16), pair_to_pos=mapping(5, 1, 0), topk_weights=make.normal(5, 1, dtype=wide)
-    )
-    wide_rest = make.normal(5, 16, dtype=wide)
-    yield Sample("float32_residual", rows=make.normal(10, 16), pair_to_pos=mapping(5, 2, 0), residual=wide_rest)
-    yield Sample("no_tokens", rows=make.normal(8, 16), pair_to_pos=make.zeros(0, 3, dtype=torch.int32))
 
 
 def errors(make: Make) -> Iterator[ErrorSample]:
@@ -171,6 +193,32 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield wrong("integer_rows", says, rows=make.zeros(4, 8, dtype=torch.int8))
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    idx = make.place(make.permutation(44)[:33].view(11, 3), torch.int32)
+    idx[::4, 1] = -1
+    call: dict[str, Any] = {
+        "rows": make.normal(44, 40),
+        "pair_to_pos": idx,
+        "topk_weights": make.uniform(11, 3, dtype=torch.float32),
+        "residual": make.normal(11, 40),
+    }
+    yield scaled("everything_times_8", call, {"rows": 3, "residual": 3}, [3])
+    yield joined("tokens_apart", call, [1, 5], ["pair_to_pos", "topk_weights", "residual"])
+    yield reordered("slots_reordered", call, make.permutation(3), {"pair_to_pos": 1, "topk_weights": 1}, {})
+    order = make.permutation(44)
+    number = torch.where(idx < 0, -1, inverse(order).to(make.device)[idx.clamp(min=0).long()]).int()
+    yield same("rows_reordered", call, {"rows": take(call["rows"], order), "pair_to_pos": number})
+    # Sums of few small integers are exact: one slot after the other, each adding to what was before.
+    exact = {**call, "rows": make.small_integers(44, 40), "residual": make.small_integers(11, 40), "topk_weights": None}
+    slots = [exact["pair_to_pos"][:, slot : slot + 1].contiguous() for slot in range(3)]
+    parts = tuple({**exact, "pair_to_pos": slot, "residual": None} for slot in slots)
+
+    def added(results: list[list[Tensor]]) -> list[Tensor]:
+        return [exact["residual"].cpu() + sum((part[0] for part in results), torch.zeros(()).to(make.dtype))]
+
+    yield Relation(name="slots_apart", whole=exact, parts=parts, assemble=added, exact=True)
+
+
 moe_unpermute = Operator(
     name="moe_unpermute",
     shapes="rows[total hidden] pair_to_pos[tokens k] topk_weights?[tokens k] residual?[tokens hidden]"
@@ -184,4 +232,5 @@ moe_unpermute = Operator(
     cost=cost,
     samples=samples,
     errors=errors,
+    relations=relations,
 )

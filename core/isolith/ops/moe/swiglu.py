@@ -13,14 +13,16 @@ Source: DeepSeek-V4 inference/model.py, Expert.forward (swiglu_limit); TileKerne
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from isolith.dtypes import FLOAT, WIDE, widen
 from isolith.errors import ArgumentError
+from isolith.materials.relations import inverse, joined, same, scaled, take
 from isolith.operator import Cost, Operator
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(x: Tensor, limit: float = 0.0, row_weight: Tensor | None = None) -> Tensor:
@@ -93,6 +95,13 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("row_weight_zero", x=make.normal(3, 64), row_weight=make.tensor([0.0, 2.0, -1.0], wide))
     # The product is rounded once: a weight that multiplies a rounded product shows in the last place.
     yield Sample("row_weight", x=make.normal(64, 128), row_weight=make.uniform(64, dtype=wide))
+    # Products just above a power of two, results just below one: an early rounding errs twice as much as the last one.
+    early = torch.cat((make.uniform(64, 64, low=1.28, high=1.34), make.uniform(64, 64, low=1.0, high=1.03)), dim=1)
+    yield Sample("one_rounding", x=early, row_weight=make.uniform(64, low=1.7, high=1.76, dtype=wide))
+    # Gates whose sigmoid is tiny, but not 0.
+    low = torch.cat((make.uniform(8, 32, low=-24.0, high=-17.0), make.normal(8, 32, std=1000.0)), dim=1)
+    yield Sample("tiny_sigmoids", x=low)
+    yield Sample("product_beyond_float16", x=make.full(300.0, 2, 8))
     poisoned = make.normal(4, 64)
     poisoned[2] = float("nan")
     yield Sample("nan_row", x=poisoned, limit=10.0)
@@ -117,6 +126,25 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield ErrorSample("integer_x", x=x.long(), says=says)
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    call: dict[str, Any] = {
+        "x": make.normal(9, 80, std=3.0),
+        "limit": 4.0,
+        "row_weight": make.uniform(9, dtype=torch.float32),
+    }
+    yield scaled("weight_times_8", call, {"row_weight": 3}, [3])
+    yield joined("rows_apart", call, [1, 4], ["x", "row_weight"])
+    yield same("weight_of_1", {**call, "row_weight": torch.ones_like(call["row_weight"])}, {"row_weight": None})
+    columns = make.permutation(40)
+    halves = torch.cat((columns, 40 + columns))
+
+    def back(parts: list[list[Tensor]]) -> list[Tensor]:
+        return [take(parts[0][0], inverse(columns), 1)]
+
+    part = {**call, "x": take(call["x"], halves, 1)}
+    yield Relation(name="columns_reordered", whole=call, parts=(part,), assemble=back)
+
+
 swiglu = Operator(
     name="swiglu",
     shapes="x[... gate_up] row_weight?[...] -> y[... gate_up//2]",
@@ -128,4 +156,5 @@ swiglu = Operator(
     cost=cost,
     samples=samples,
     errors=errors,
+    relations=relations,
 )

@@ -11,14 +11,16 @@ transformers 5.23 DeepseekV4UnweightedRMSNorm (which rounds the factor to x's dt
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from isolith.dtypes import FLOAT, widen
 from isolith.errors import ArgumentError
+from isolith.materials.relations import reordered, scaled
 from isolith.operator import Cost, Operator
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(x: Tensor, eps: float = 1e-6) -> Tensor:
@@ -54,6 +56,16 @@ def cost(x: Tensor, eps: float = 1e-6) -> Cost:
     return Cost(flops=3 * x.numel(), bytes_read=x.nbytes, bytes_written=x.nbytes)  # square, add, multiply
 
 
+def beside_halfway(make: Make, side: float) -> dict[str, Any]:  # Any: a tensor and a number
+    """Results 1/64 of a unit below 1 and a half (side -1), or above: a mean or a factor that is rounded first shows."""
+    unit = torch.finfo(make.dtype).eps
+    # Its square is halfway between two numbers of make.dtype, or nearly.
+    value = 1 + round((0.5 / unit) ** 0.5) * unit
+    result = (1 - unit / 4) * (1 + side * unit / 64)
+    x = torch.where(make.uniform(4, 3, 64, dtype=torch.float64).cpu() < 0.5, -value, value)
+    return {"x": make.place(x, make.dtype), "eps": (value / result) ** 2 - value**2}
+
+
 def samples(make: Make) -> Iterator[Sample]:
     yield Sample("flash_queries", "model", x=make.normal(4, 64, 512))
     yield Sample("pro_queries", "model", x=make.normal(2, 128, 512))
@@ -77,8 +89,12 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("eps_dominates", x=make.normal(4, 2, 128, std=1e-3), eps=1e-4)
     yield Sample("tiny_eps", x=make.normal(4, 2, 128), eps=1e-20)
     outlier = make.normal(4, 2, 512, std=0.5)
-    outlier[..., 7] = 200.0
+    outlier[..., 7] = 300.0  # its square overflows in float16
     yield Sample("outlier", x=outlier)
+    # A float32 result depends on the last bits of the root, a narrower one does not.
+    exact = ("exact",) if make.dtype != torch.float32 else ()
+    yield Sample("above_halfway", *exact, **beside_halfway(make, 1.0))
+    yield Sample("below_halfway", *exact, **beside_halfway(make, -1.0))
 
 
 def errors(make: Make) -> Iterator[ErrorSample]:
@@ -89,6 +105,13 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     says = "head_rms_norm: x must be bfloat16, float16, float32 or float64; got int32."
     yield ErrorSample("integer_x", x=x.int(), says=says)
     yield ErrorSample("text_eps", x=x, eps="1e-6", says="head_rms_norm: eps must be float; got str.")
+
+
+def relations(make: Make) -> Iterator[Relation]:
+    call = {"x": make.normal(7, 3, 96), "eps": 1e-3}
+    yield scaled("x_times_8", call, {"x": 3, "eps": 6}, [0])
+    yield reordered("heads_reordered", call, make.permutation(3), {"x": 1}, {0: 1})
+    yield scaled("flash_times_8", {"x": make.normal(3, 64, 512), "eps": 1e-6}, {"x": 3, "eps": 6}, [0])
 
 
 head_rms_norm = Operator(
@@ -102,4 +125,5 @@ head_rms_norm = Operator(
     cost=cost,
     samples=samples,
     errors=errors,
+    relations=relations,
 )

@@ -12,14 +12,16 @@ transformers 5.23 DeepseekV3RMSNorm (two roundings).
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from isolith.dtypes import FLOAT, widen
 from isolith.errors import ArgumentError
+from isolith.materials.relations import joined, reordered, scaled
 from isolith.operator import Cost, Operator
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(x: Tensor, weight: Tensor, eps: float = 1e-6, round_before_weight: bool = False) -> Tensor:
@@ -76,8 +78,31 @@ def weight_beyond(make: Make) -> Tensor:
     return make.place(product[lost] / 0.8, torch.float32)
 
 
+def beside_halfway(make: Make) -> dict[str, Tensor]:
+    """Results 1/64 of a unit from where rounding turns: a mean, a square or a factor that is rounded first shows."""
+    eps = torch.finfo(make.dtype).eps
+    # Its square is halfway between two numbers of make.dtype, or nearly.
+    value = 1 + round((0.5 / eps) ** 0.5) * eps
+    halfway = 1 + (torch.arange(64, dtype=torch.float64).repeat_interleave(2) + 0.5) * eps
+    product = halfway * (1 + torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(64) * eps / 64)
+    x = torch.where(make.uniform(4, 128, dtype=torch.float64).cpu() < 0.5, -value, value)
+    weight = product * (value**2 + 1e-6) ** 0.5 / value
+    return {"x": make.place(x, make.dtype), "weight": make.place(weight, torch.float32)}
+
+
+def rounded_twice(make: Make) -> dict[str, Any]:  # Any: tensors and a number
+    """Weights that make of 4/5, rounded to make.dtype, another product than of 4/5."""
+    weight = 1 + torch.arange(128, dtype=torch.float64) / 128
+    narrow = torch.tensor(0.8, dtype=torch.float64).to(make.dtype).double()
+    weight = weight[(weight * narrow).to(make.dtype) != (weight * 0.8).to(make.dtype)]
+    return {"x": make.full(1.0, 4, weight.shape[0]), "weight": make.place(weight, make.dtype), "eps": 9 / 16}
+
+
 def samples(make: Make) -> Iterator[Sample]:
     wide = torch.float32
+    # A float32 result depends on the last bits of the root, a narrower one does not.
+    exact = ("exact",) if make.dtype != wide else ()
+    yield Sample("hidden_7168", "model", x=make.normal(2, 7168), weight=make.normal(7168))
     yield Sample("hidden_4096", "model", x=make.normal(16, 4096), weight=make.normal(4096, dtype=wide), eps=1e-6)
     yield Sample("one_row", x=make.normal(1, 512), weight=make.normal(512))
     yield Sample("odd_width", x=make.normal(3, 129), weight=make.normal(129))
@@ -89,12 +114,15 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("eps_dominates", x=make.normal(4, 128, std=1e-3), weight=make.normal(128), eps=1e-4)
     yield Sample("tiny_eps", x=make.normal(4, 128), weight=make.normal(128), eps=1e-20)
     yield Sample("round_before_weight", x=make.normal(8, 256), weight=make.normal(256), round_before_weight=True)
+    yield Sample("rounded_twice", *exact, **rounded_twice(make), round_before_weight=True)
+    yield Sample("rounded_once", *exact, **rounded_twice(make))
+    yield Sample("beside_halfway", *exact, **beside_halfway(make))
     # Every element is normalised to 4/5.
     weight = weight_beyond(make)
     yield Sample("weight_of_more_bits", x=make.full(1.0, 4, weight.shape[0]), weight=weight, eps=9 / 16)
-    # One large element: a sum in low precision loses the small ones.
+    # One large element: a sum in low precision loses the small ones, and its square overflows in float16.
     outlier = make.normal(4, 1024, std=0.5)
-    outlier[:, 7] = 200.0
+    outlier[:, 7] = 300.0
     yield Sample("outlier", x=outlier, weight=make.normal(1024))
 
 
@@ -110,6 +138,17 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield ErrorSample("list_x", x=[1.0], weight=weight, says="rms_norm: x must be Tensor; got list.")
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    call = {"x": make.normal(11, 200), "weight": make.normal(200, mean=1.0), "eps": 1e-3}
+    # eps counts among the squares.
+    yield scaled("x_times_8", call, {"x": 3, "eps": 6}, [0])
+    yield scaled("weight_times_8", call, {"weight": 3}, [3])
+    yield reordered("columns_reordered", call, make.permutation(200), {"x": 1, "weight": 0}, {0: 1})
+    yield joined("rows_apart", call, [1, 4], ["x"])
+    flash = {"x": make.normal(5, 7168), "weight": make.normal(7168, mean=1.0), "eps": 1e-6}
+    yield scaled("v3_width_times_8", flash, {"x": 3, "eps": 6}, [0])
+
+
 rms_norm = Operator(
     name="rms_norm",
     shapes="x[... hidden] weight[hidden] -> y[... hidden]",
@@ -121,4 +160,5 @@ rms_norm = Operator(
     cost=cost,
     samples=samples,
     errors=errors,
+    relations=relations,
 )

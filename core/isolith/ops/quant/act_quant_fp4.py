@@ -21,6 +21,7 @@ from torch import Tensor
 
 from isolith.dtypes import FLOAT
 from isolith.errors import ArgumentError
+from isolith.materials.relations import joined, scaled
 from isolith.numerics.codes import (
     E2M1_MAX,
     amax_of_groups,
@@ -32,7 +33,7 @@ from isolith.numerics.codes import (
     spread_groups,
 )
 from isolith.operator import Cost, Operator
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(x: Tensor, group_size: int = 32, amax_floor: float = 6 * 2.0**-126) -> tuple[Tensor, Tensor]:
@@ -40,6 +41,15 @@ def reference(x: Tensor, group_size: int = 32, amax_floor: float = 6 * 2.0**-126
     scale = ceil_power_of_two(amax_of_groups(wide, group_size).clamp(min=amax_floor) / E2M1_MAX)
     codes = encode_e2m1(wide / spread_groups(scale, x.shape[-1], group_size))
     return pack_nibbles(codes), scale.to(torch.float8_e8m0fnu)
+
+
+def unrounded(x: Tensor, group_size: int, amax_floor: float, **_: object) -> tuple[Tensor, Tensor]:
+    """(quotients, scales) in float64; NaN in groups that hold NaN or infinity."""
+    wide = x.contiguous().to(torch.float32)
+    amax = amax_of_groups(wide, group_size).clamp(min=amax_floor)
+    scale = ceil_power_of_two(amax.nan_to_num(amax_floor, amax_floor) / E2M1_MAX).double()
+    scale = scale.masked_fill(~amax.isfinite(), torch.nan)
+    return wide.double() / spread_groups(scale, x.shape[-1], group_size), scale
 
 
 def fake(x: Tensor, group_size: int = 32, amax_floor: float = 6 * 2.0**-126) -> tuple[Tensor, Tensor]:
@@ -86,6 +96,10 @@ def samples(make: Make) -> Iterator[Sample]:
     spread = torch.exp2(torch.arange(-6.0, 6.0, dtype=torch.float64)).repeat_interleave(32).to(make.device)
     rows = make.normal(4, 384, dtype=torch.float64) * spread
     yield Sample("groups_of_all_sizes", x=without_negative_zeros(rows.to(make.dtype)))
+    # The largest of a group is its first or its last.
+    ends = make.normal(4, 64).abs()
+    ends[0, 31], ends[1, 32], ends[2, 63], ends[3, 0] = 64, -64, -64, 64
+    yield Sample("amax_at_the_ends", x=ends)
     # All codes but -0, in an order that swapped nibbles change; then the halves, which go to the even code.
     codes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
     ties = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 0.25, -0.75, -1.25, -1.75, -2.5, -3.5, -5.0, -6.0]
@@ -100,6 +114,7 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("zero_and_subnormal", "exact", x=make.tensor([[0.0, 0.0], [1e-7, 6e-8], [0.0, 1.0]]), group_size=2)
     floor = without_negative_zeros(make.normal(4, 32, std=1e-5))
     yield Sample("floor_of_deepgemm", x=floor.abs(), amax_floor=1e-4)
+    yield Sample("floor_at_a_power_of_two", x=floor.abs(), amax_floor=6 * 2.0**-16)
 
 
 def errors(make: Make) -> Iterator[ErrorSample]:
@@ -116,6 +131,13 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield ErrorSample("integer_x", x=x.to(torch.int8), says=says)
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    call = {"x": make.normal(7, 320)}
+    yield scaled("x_times_8", call, {"x": 3}, [0, 3])
+    yield joined("rows_apart", call, [1, 4], ["x"])
+    yield scaled("flash_times_8", {"x": make.normal(3, 64, 128)}, {"x": 3}, [0, 3])
+
+
 act_quant_fp4 = Operator(
     name="act_quant_fp4",
     shapes="x[... hidden] -> q[... hidden//2] scale[... hidden//group_size]",
@@ -127,5 +149,6 @@ act_quant_fp4 = Operator(
     cost=cost,
     samples=samples,
     errors=errors,
-    bitwise=True,
+    unrounded=unrounded,
+    relations=relations,
 )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from isolith.dtypes import FLOAT
+from isolith.materials.relations import joined, scaled
 from isolith.numerics.codes import (
     E4M3_MAX,
     SCALE_FORMATS,
@@ -34,7 +35,7 @@ from isolith.numerics.codes import (
     spread_groups,
 )
 from isolith.operator import Cost, Operator
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(
@@ -83,6 +84,17 @@ def by_inverses(
     return codes(wide * spread_groups(1 / scale, x.shape[-1], group_size)), scale.to(SCALE_FORMATS[scale_format])
 
 
+def unrounded(x: Tensor, group_size: int, scale_format: str, amax_floor: float, **_: object) -> tuple[Tensor, Tensor]:
+    """(quotients, scales) in float64; NaN in groups that hold NaN or infinity."""
+    wide = x.contiguous().to(torch.float32)
+    scale = amax_of_groups(wide, group_size).clamp(min=amax_floor)
+    exact = scale.double() / E4M3_MAX
+    if scale_format == "ue8m0":
+        exact = ceil_power_of_two(scale.nan_to_num(amax_floor, amax_floor) / E4M3_MAX).double()
+    exact = exact.masked_fill(~scale.isfinite(), torch.nan)
+    return wide.double() / spread_groups(exact, x.shape[-1], group_size), exact
+
+
 def fake(
     x: Tensor, group_size: int = 128, scale_format: str = "ue8m0", amax_floor: float = 1e-4
 ) -> tuple[Tensor, Tensor]:
@@ -114,7 +126,13 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("hidden_4096_float32_scale", "model", x=make.normal(8, 4096), scale_format="float32")
     yield Sample("latent_group_64", x=make.normal(5, 448), group_size=64)
     yield Sample("group_32", x=make.normal(2, 3, 96), group_size=32)
-    yield Sample("short_last_group", x=make.normal(3, 200))
+    short = make.normal(3, 200)
+    short[:, 128:] *= 64
+    yield Sample("short_last_group", x=short)
+    # The largest of a group is its first or its last.
+    ends = make.normal(4, 256)
+    ends[0, 127], ends[1, 128], ends[2, 255], ends[3, 0] = 64, -64, -64, 64
+    yield Sample("amax_at_the_ends", x=ends)
     yield Sample("short_only_group", x=make.normal(3, 5), scale_format="float32")
     yield Sample("one_vector", x=make.normal(256))
     yield Sample("permuted_axes", x=make.normal(3, 5, 64).transpose(0, 1), group_size=32)
@@ -148,6 +166,14 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield ErrorSample("integer_x", x=x.to(torch.int8), says=says)
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    call = {"x": make.normal(7, 300), "group_size": 64}
+    yield scaled("x_times_8", call, {"x": 3}, [0, 3])
+    yield scaled("float32_scales_times_8", {**call, "scale_format": "float32"}, {"x": 3}, [0, 3])
+    yield joined("rows_apart", call, [1, 4], ["x"])
+    yield scaled("v3_width_times_8", {"x": make.normal(3, 7168)}, {"x": 3}, [0, 3])
+
+
 act_quant_fp8 = Operator(
     name="act_quant_fp8",
     shapes="x[... hidden] -> q[... hidden] scale[... (hidden+group_size-1)//group_size]",
@@ -159,4 +185,6 @@ act_quant_fp8 = Operator(
     cost=cost,
     samples=samples,
     errors=errors,
+    unrounded=unrounded,
+    relations=relations,
 )

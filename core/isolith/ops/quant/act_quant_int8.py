@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from isolith.dtypes import FLOAT
+from isolith.materials.relations import joined, reordered, scaled
 from isolith.numerics.codes import INT8_MAX, check_amax_floor
 from isolith.operator import Cost, Operator
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(x: Tensor, smooth: Tensor | None = None, amax_floor: float = 1e-10) -> tuple[Tensor, Tensor]:
@@ -55,6 +56,14 @@ def by_inverses(x: Tensor, smooth: Tensor | None = None, amax_floor: float = 1e-
     return codes(values * (INT8_MAX / amax)[..., None]), (amax * inverse)[..., None]
 
 
+def unrounded(x: Tensor, smooth: Tensor | None, amax_floor: float, **_: object) -> tuple[Tensor, Tensor]:
+    """(quotients, scales) in float64; NaN in rows that hold NaN or infinity."""
+    values = smoothed(x, smooth)
+    scale = amax_of_rows(values, amax_floor)[..., None].double() / INT8_MAX
+    scale = scale.masked_fill(~scale.isfinite(), torch.nan)
+    return values.double() / scale, scale
+
+
 def fake(x: Tensor, smooth: Tensor | None = None, amax_floor: float = 1e-10) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
@@ -84,6 +93,10 @@ def samples(make: Make) -> Iterator[Sample]:
     # Rows far apart in size, the extremes of both signs in each.
     rows = make.normal(12, 32) * torch.exp2(torch.arange(-6.0, 6.0))[:, None].to(make.device).to(make.dtype)
     yield Sample("rows_of_all_sizes", x=rows)
+    # The largest of a row is its first or its last.
+    ends = make.normal(3, 65)
+    ends[0, 0], ends[1, 64], ends[2, 63] = 64, -64, 64
+    yield Sample("amax_at_the_ends", x=ends)
     # scale 2: every code, and halves, which go to the even code.
     halves = (torch.arange(-254, 255, dtype=torch.float64)).tolist()
     yield Sample("codes_and_ties", "exact", x=make.tensor([halves]))
@@ -109,6 +122,15 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield ErrorSample("integer_x", x=x.to(torch.int8), says=says)
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    call = {"x": make.normal(7, 300), "smooth": make.uniform(300, low=0.5, high=2.0, dtype=torch.float32)}
+    yield scaled("x_times_8", call, {"x": 3}, [0, 3])
+    yield scaled("smooth_times_8", call, {"smooth": 3}, [0, 3])
+    yield reordered("columns_reordered", call, make.permutation(300), {"x": 1, "smooth": 0}, {0: 1})
+    yield joined("rows_apart", call, [1, 4], ["x"])
+    yield scaled("v3_width_times_8", {"x": make.normal(3, 7168)}, {"x": 3}, [0, 3])
+
+
 act_quant_int8 = Operator(
     name="act_quant_int8",
     shapes="x[... hidden] smooth?[hidden] -> q[... hidden] scale[... 1]",
@@ -120,4 +142,6 @@ act_quant_int8 = Operator(
     cost=cost,
     samples=samples,
     errors=errors,
+    unrounded=unrounded,
+    relations=relations,
 )

@@ -95,6 +95,13 @@ def samples(make: Make) -> Iterator[Sample]:
     )
     q = make.tensor([[code | (15 - code) << 4 for code in range(16)]], torch.uint8)
     yield Sample("every_e2m1_code", "exact", q=q, scale=powers(make, 0, 0, 1, 1), block_n=1, block_k=32, out_dtype=out)
+    one = {"scale": powers(make, 0, 0, 1, 1), "block_n": 1, "block_k": 256, "out_dtype": out}
+    yield Sample("every_int8_code", "exact", q=make.tensor([list(range(-128, 128))], torch.int8), **one)
+    codes = torch.arange(256, dtype=torch.uint8)[torch.arange(256) % 128 != 127]  # but NaN
+    yield Sample("every_e4m3_code", "exact", q=codes[None].to(make.device).view(torch.float8_e4m3fn), **one)
+    # 2^-127, which is subnormal in float32, times 256: a normal number, but in float16.
+    tiny = {"q": make.full(256.0, 1, 4, dtype=torch.float8_e4m3fn), "scale": powers(make, -127, -127, 1, 1)}
+    yield Sample("smallest_scale", "exact", **tiny, out_dtype=out)
     # Scales near both ends of the range, where results are still normal numbers.
     q = make.tensor([[1.0, -2.0], [0.5, 1.5]], torch.float8_e4m3fn)
     reach = 14 if make.dtype == torch.float16 else 125

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isolith.dtypes import E4M3, FLOAT, FLOAT_NAMES, INT8, PACKED, SCALE, widen
+from isolith.dtypes import E4M3, FLOAT, FLOAT_NAMES, INT8, PACKED, SCALE, dtype_name, widen
 from isolith.errors import ArgumentError
+from isolith.materials.relations_products import relations_of_linear
 from isolith.numerics.codes import check_at_least_one, check_out_dtype, check_scale_format, decode
 from isolith.numerics.scaled_matmul import (
     QUANTISED,
@@ -42,7 +43,7 @@ from isolith.numerics.scaled_matmul import (
 from isolith.operator import Cost, Operator
 from isolith.ops.quant.act_quant_fp8 import reference as act_quant_fp8
 from isolith.ops.quant.act_quant_int8 import reference as act_quant_int8
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(
@@ -244,9 +245,11 @@ def quantised_samples(make: Make) -> Iterator[Sample]:
     x = make.normal(4, 200, std=8.0, dtype=torch.float32).to(torch.float8_e4m3fn)
     weight = made_weight(make, "fp8", 136, 200)
     yield Sample("fp8_x", x=x, **weight, x_scale=made_ue8m0(make, 4, 2))
-    yield Sample("fp8_x_float32_scale", x=x, **weight, x_scale=make.uniform(4, 7, dtype=torch.float32), act_group=32)
+    x_scale = make.uniform(4, 7, dtype=torch.float32)
+    yield Sample("fp8_x_float32_scale", x=x, **weight, x_scale=x_scale, act_group=32, out_dtype="float32")
     x, x_scale = make.integers(-127, 128, 4, 96, dtype=torch.int8), make.uniform(4, 1, dtype=torch.float32)
-    yield Sample("int8_x", x=x, **made_weight(make, "int8", 48, 96, scale="float32"), x_scale=x_scale)
+    weight = made_weight(make, "int8", 48, 96, scale="float32")
+    yield Sample("int8_x", x=x, **weight, x_scale=x_scale, out_dtype="float32")
     # The extreme codes, -128 too: a weight may have it.
     x, codes = make.full(127, 2, 64, dtype=torch.int8), make.full(-128, 3, 64, dtype=torch.int8)
     scale, x_scale = made_ue8m0(make, 3, 1), made_ue8m0(make, 2, 1)
@@ -258,6 +261,9 @@ def exact_samples(make: Make) -> Iterator[Sample]:
     # K is one more than a tile.
     x, weight = make.small_integers(7, 129), make.small_integers(24, 129)
     yield Sample("exact_float", "exact", x=x, weight=weight, out_dtype="float32")
+    # Sums beyond the largest float16, on both sides: infinite there, and not in the other dtypes.
+    x, weight = make.full(256.0, 2, 4), make.tensor([[256.0] * 4, [-256.0] * 4, [0.25] * 4])
+    yield Sample("large_sums", "exact", x=x, weight=weight, out_dtype=dtype_name(make.dtype))
     # Two columns picked out: one with the low nibbles, one with the high ones, of every byte.
     x = make.tensor([[1.0] + [0.0] * 31, [0.0] * 31 + [1.0]])
     weight = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 16).to(make.device)
@@ -316,6 +322,10 @@ def errors(make: Make) -> Iterator[ErrorSample]:
         yield ErrorSample(name, **{"x": x, **arguments}, says=f"quant_linear: {says}")
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    yield from relations_of_linear(make)
+
+
 quant_linear = Operator(
     name="quant_linear",
     shapes="x[... inputs] weight[outputs _] weight_scale?[_ _] x_scale?[... _] -> y[... outputs]",
@@ -332,4 +342,5 @@ quant_linear = Operator(
     cost=cost,
     samples=samples,
     errors=errors,
+    relations=relations,
 )

@@ -4,24 +4,26 @@
     pre[j] = sigmoid(scale[0]*z[j] + base[j]) + hc_eps
     x[t, c] = sum_j pre[j]*streams[t, j, c]
 
-All in float32, x rounded once to the dtype of streams. fn is float32: bfloat16 and float16 streams may be multiplied
-with it in TF32, float32 streams may not. There is no Sinkhorn step and no norm weight: the model's last norm comes
-after it. All-zero streams give zeros. No tokens give an empty result.
+All in float32, x rounded once to the dtype of streams. fn is float32: a kernel that declares "tf32" may multiply
+bfloat16 and float16 streams with it in TF32, but not float32 streams. There is no Sinkhorn step and no norm weight: the
+model's last norm comes after it. All-zero streams give zeros. No tokens give an empty result.
 
 Source: DeepSeek-V4 inference/model.py, hc_head (and MTPBlock, which has weights of its own); transformers 5.23
 DeepseekV4HyperHead.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from isolith.dtypes import FLOAT, WIDE, widen
 from isolith.errors import ArgumentError
+from isolith.materials.relations import same, scaled, take
 from isolith.numerics import stream_mix
 from isolith.operator import Cost, Operator
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(
@@ -111,6 +113,10 @@ def samples(make: Make) -> Iterator[Sample]:
     large = weights(make, 4, 64)
     large["scale"] = make.tensor([200.0], torch.float32)
     yield Sample("large_logits", streams=make.normal(6, 4, 64), **large)
+    # The square of the large element overflows in float16.
+    outlier = make.normal(3, 4, 64)
+    outlier[:, 2, 5] = 300.0
+    yield Sample("outlier", streams=outlier, **weights(make, 4, 64))
     same_sign = weights(make, 4, 512)
     same_sign["fn"] = same_sign["fn"].abs()
     yield Sample("same_sign", streams=make.uniform(3, 4, 512, low=0.5, high=1.5), **same_sign)
@@ -135,15 +141,34 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield ErrorSample("narrow_dtype", says=says, **but(base=call["base"].half()))
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    n, hidden = 4, 40
+    call: dict[str, Any] = {"streams": make.normal(7, n, hidden), **weights(make, n, hidden), "norm_eps": 1e-3}
+    yield scaled("streams_times_8", call, {"streams": 3, "norm_eps": 6}, [3])
+    order = make.permutation(n)
+    fn = take(take(weights_of(call), order), order, 1).flatten(1)
+    moved = {"fn": fn, "base": take(call["base"], order)}
+    yield same("streams_reordered", call, {**moved, "streams": take(call["streams"], order, 1)})
+
+
+def weights_of(call: dict[str, Any]) -> Tensor:  # Any: arguments
+    """fn with an axis for the streams: [n, n, hidden]."""
+    n = call["streams"].shape[1]
+    fn: Tensor = call["fn"]
+    return fn.view(n, n, -1)
+
+
 hc_head = Operator(
     name="hc_head",
     shapes="streams[tokens n hidden] fn[n n*hidden] scale[1] base[n] -> x[tokens hidden]",
     dtypes={"streams": FLOAT, "fn": WIDE, "scale": WIDE, "base": WIDE},
     reference=reference,
-    variants=(normalised_first, sum_in_order, multiplied_in_tf32),
+    variants=(normalised_first, sum_in_order),
+    declared={"tf32": (multiplied_in_tf32,)},
     fake=fake,
     check=check,
     cost=cost,
     samples=samples,
     errors=errors,
+    relations=relations,
 )

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from isolith.dtypes import FLOAT, WIDE, widen
+from isolith.materials.relations import joined, reordered, scaled, take
 from isolith.operator import Cost, Operator
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(x: Tensor, streams: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -143,6 +144,17 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield ErrorSample("narrow_dtype", says=says, **but(post=call["post"].to(torch.bfloat16)))
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    call = random_call(make, 9, 4, 40)
+    yield scaled("everything_times_8", call, {"x": 3, "streams": 3}, [3])
+    order = make.permutation(4)
+    comb = take(take(call["comb"], order, 1), order, 2)
+    axes = {"streams": 1, "post": 1}
+    yield reordered("streams_reordered", call, order, axes, {0: 1}, changes={"comb": comb})
+    yield joined("tokens_apart", call, [1, 5], ["x", "streams", "post", "comb"])
+    yield scaled("flash_times_8", random_call(make, 3, 4, 4096), {"x": 3, "streams": 3}, [3])
+
+
 hc_post = Operator(
     name="hc_post",
     shapes="x[tokens hidden] streams[tokens n hidden] post[tokens n] comb[tokens n n] -> y[tokens n hidden]",
@@ -154,4 +166,5 @@ hc_post = Operator(
     cost=cost,
     samples=samples,
     errors=errors,
+    relations=relations,
 )

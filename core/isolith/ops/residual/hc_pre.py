@@ -7,8 +7,8 @@
     x[t, c]     = sum_j pre[j]*streams[t, j, c]
 
 All in float32; x is rounded once to the dtype of streams, post and comb stay float32 (float64 for float64 streams). fn
-is float32: bfloat16 and float16 streams may be multiplied with it in TF32, float32 streams may not. There is no norm
-weight. All-zero streams give z = 0. No tokens give empty results.
+is float32: a kernel that declares "tf32" may multiply bfloat16 and float16 streams with it in TF32, but not float32
+streams. There is no norm weight. All-zero streams give z = 0. No tokens give empty results.
 
 Source: DeepSeek-V4 inference/model.py, Block.hc_pre; arXiv:2606.19348 section 2.2; TileKernels 36d9e45
 tile_kernels/torch/mhc.py; DeepGEMM 54e2261 tests/test_hyperconnection.py (TF32); transformers 5.23
@@ -16,16 +16,18 @@ DeepseekV4HyperConnection.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from isolith.dtypes import FLOAT, WIDE, widen
 from isolith.errors import ArgumentError
+from isolith.materials.relations import inverse, reordered, scaled, take
 from isolith.numerics import stream_mix
 from isolith.operator import Cost, Operator
 from isolith.ops.residual.sinkhorn import reference as sinkhorn
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(
@@ -166,7 +168,13 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("slow_to_converge", streams=make.normal(3, 2, 64), **slow)
     large = weights(make, 4, 64)
     large["scale"] = make.tensor([20.0, 30.0, 50.0], wide)
+    # Saturated coefficients: exp overflows where it is not guarded.
+    large["base"][:8] = make.tensor([200.0, -200.0, 0.0, 1.0, -200.0, 200.0, 0.0, 1.0], wide)
     yield Sample("large_logits", streams=make.normal(6, 4, 64), **large)
+    # The square of the large element overflows in float16.
+    outlier = make.normal(3, 4, 64)
+    outlier[:, 2, 5] = 300.0
+    yield Sample("outlier", streams=outlier, **weights(make, 4, 64))
     # Every product has one sign: an accumulator that is too narrow shows.
     same_sign = weights(make, 4, 512)
     same_sign["fn"] = same_sign["fn"].abs()
@@ -197,6 +205,32 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield ErrorSample("narrow_dtype", says=says, **but(fn=call["fn"].to(torch.bfloat16)))
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    tokens, n, hidden = 7, 4, 48
+    wide = torch.float32
+    call: dict[str, Any] = {  # Any: arguments
+        "streams": make.normal(tokens, n, hidden),
+        "fn": make.normal((2 + n) * n, n * hidden, std=(n * hidden) ** -0.5, dtype=wide),
+        "scale": make.uniform(3, low=0.5, high=1.5, dtype=wide),
+        "base": make.normal((2 + n) * n, dtype=wide),
+        "norm_eps": 1e-3,
+    }
+    yield scaled("streams_times_8", call, {"streams": 3, "norm_eps": 6}, [3, 0, 0])
+    yield reordered("tokens_reordered", call, make.permutation(tokens), {"streams": 0}, {0: 0, 1: 0, 2: 0})
+    order = make.permutation(n)
+    mixes = torch.cat((order, n + order, 2 * n + (order[:, None] * n + order).flatten()))
+    fn = take(call["fn"], mixes).view(-1, n, hidden)
+    moved = {"fn": take(fn, order, 1).flatten(1), "base": take(call["base"], mixes)}
+
+    def streams_back(parts: list[list[Tensor]]) -> list[Tensor]:
+        x, post, comb = parts[0]
+        back = inverse(order)
+        return [x, take(post, back, 1), take(take(comb, back, 1), back, 2)]
+
+    part = {**call, **moved, "streams": take(call["streams"], order, 1)}
+    yield Relation(name="streams_reordered", whole=call, parts=(part,), assemble=streams_back)
+
+
 hc_pre = Operator(
     name="hc_pre",
     shapes=(
@@ -205,10 +239,12 @@ hc_pre = Operator(
     ),
     dtypes={"streams": FLOAT, "fn": WIDE, "scale": WIDE, "base": WIDE},
     reference=reference,
-    variants=(normalised_first, sum_in_order, multiplied_in_tf32),
+    variants=(normalised_first, sum_in_order),
+    declared={"tf32": (multiplied_in_tf32,)},
     fake=fake,
     check=check,
     cost=cost,
     samples=samples,
     errors=errors,
+    relations=relations,
 )

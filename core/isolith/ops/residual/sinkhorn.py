@@ -21,8 +21,9 @@ from torch import Tensor
 
 from isolith.dtypes import WIDE
 from isolith.errors import ArgumentError
+from isolith.materials.relations import reordered, same
 from isolith.operator import Cost, Operator
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(logits: Tensor, iters: int = 20, eps: float = 1e-6) -> Tensor:
@@ -130,6 +131,16 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield ErrorSample("float_iters", logits=logits, iters=2.0, says="sinkhorn: iters must be int; got float.")
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    call = {"logits": make.normal(9, 4, 4, std=2.0)}
+    rows, columns = make.permutation(4), make.permutation(4)
+    yield reordered("rows_reordered", call, rows, {"logits": 1}, {0: 1})
+    yield reordered("columns_reordered", call, columns, {"logits": 2}, {0: 2})
+    # Multiples of 1/16, so that adding is exact; a softmax does not see what all of a row have.
+    coarse = make.place((make.normal(9, 4, 4, dtype=torch.float64) * 16).round() / 16, make.dtype)
+    yield same("rows_shifted", {"logits": coarse}, {"logits": coarse + 2.0})
+
+
 sinkhorn = Operator(
     name="sinkhorn",
     shapes="logits[... n n] -> comb[... n n]",
@@ -142,4 +153,5 @@ sinkhorn = Operator(
     samples=samples,
     errors=errors,
     sample_dtypes=(torch.float32,),
+    relations=relations,
 )

@@ -2,7 +2,8 @@
 
     y[..., i] = N^-0.5 * sum_j (-1)^popcount(i & j) * x[..., j]
 
-N, the size of the axis, is a power of two; rows are in natural (Sylvester) order. Computed in float32, rounded once.
+N, the size of the axis, is a power of two; rows are in natural (Sylvester) order. Computed in float32, rounded once;
+N^-0.5 multiplies once, before or behind the sums, or as halves between them.
 Symmetric and orthogonal: applied twice it gives x back, and a dot product of two rotated vectors is the vectors' own.
 It comes after the rotary embedding and before the quantisation, whose error it spreads. N = 1 gives a copy of x.
 
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from isolith.dtypes import FLOAT, widen
 from isolith.errors import ArgumentError
+from isolith.materials.relations import joined, scaled
 from isolith.operator import Cost, Operator
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(x: Tensor) -> Tensor:
@@ -59,6 +61,15 @@ def sum_in_order(x: Tensor) -> Tensor:
     terms = (column[..., None] * row for column, row in zip(wide.unbind(-1), signs(x, wide.dtype), strict=True))
     total: Tensor = functools.reduce(torch.add, terms)
     return (total * scale_of(x)).to(x.dtype).contiguous()
+
+
+def scaled_then_in_order(x: Tensor) -> Tensor:
+    """The scale within the matrix, as a matrix unit has it, and one column after the other."""
+    wide = x.to(widen(x.dtype))
+    matrix = signs(x, wide.dtype) * scale_of(x)
+    terms = (column[..., None] * row for column, row in zip(wide.unbind(-1), matrix, strict=True))
+    total: Tensor = functools.reduce(torch.add, terms)
+    return total.to(x.dtype).contiguous()
 
 
 def signs(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -116,15 +127,31 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield ErrorSample("integer_x", x=make.small_integers(3, 8, dtype=torch.int8), says=says)
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    yield scaled("x_times_8", {"x": make.normal(9, 64)}, {"x": 3}, [3])
+    yield joined("rows_apart", {"x": make.normal(9, 64)}, [1, 4], ["x"])
+    # Of the unit vectors come the rows of the matrix, which are its columns.
+    unit = {"x": make.place(torch.eye(256), make.dtype)}
+    yield Relation(
+        name="the_matrix_is_symmetric",
+        whole=unit,
+        parts=(unit,),
+        assemble=lambda parts: [parts[0][0].T.contiguous()],
+        exact=True,
+    )
+    yield scaled("flash_times_8", {"x": make.normal(4, 64, 128)}, {"x": 3}, [3])
+
+
 hadamard = Operator(
     name="hadamard",
     shapes="x[... n] -> y[... n]",
     dtypes={"x": FLOAT},
     reference=reference,
-    variants=(scaled_first, sum_in_order),
+    variants=(scaled_first, sum_in_order, scaled_then_in_order),
     fake=fake,
     check=check,
     cost=cost,
     samples=samples,
     errors=errors,
+    relations=relations,
 )

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from isolith.dtypes import FLOAT, INTEGER, WIDE, widen
 from isolith.errors import ArgumentError
+from isolith.materials.relations import inverse, reordered, same, scaled, take
 from isolith.numerics.rope_tables import rope_frequencies, rope_tables
 from isolith.operator import Cost, Operator
-from isolith.sample import ErrorSample, Make, Sample
+from isolith.sample import ErrorSample, Make, Relation, Sample
 
 
 def reference(
@@ -156,6 +157,25 @@ def narrow_products(make: Make) -> dict[str, Tensor]:
     }
 
 
+def wide_products(make: Make) -> dict[str, Tensor]:
+    """Pairs whose products, if x's dtype held them, had other sums; no sum is near to where rounding turns."""
+    a, b = make.normal(2, 1024).cpu().double()
+    angle = make.uniform(1024, high=6.28, dtype=torch.float64).cpu()
+    cos, sin = angle.cos().float().double(), angle.sin().float().double()
+    products = torch.stack((a * cos, -b * sin, a * sin, b * cos))
+    sums = products.unflatten(0, (2, 2)).sum(1)
+    narrow_sums = products.to(make.dtype).double().unflatten(0, (2, 2)).sum(1)
+    error = 2.0**-20 * products.abs().amax(0)
+    clear = ((sums + error).to(make.dtype) == (sums - error).to(make.dtype)).all(0)
+    kept = (clear & (narrow_sums.to(make.dtype) != sums.to(make.dtype)).any(0)).nonzero()[:32, 0]
+    return {
+        "x": make.place(torch.stack((a, b), dim=-1)[kept].view(1, -1), make.dtype),
+        "positions": make.integers(0, 1, 1),
+        "cos_table": make.place(cos[None, kept], torch.float32),
+        "sin_table": make.place(sin[None, kept], torch.float32),
+    }
+
+
 def samples(make: Make) -> Iterator[Sample]:
     main, compress = tables(make, 4096, 64), tables(make, 4096, 64, theta=160000.0, factor=16.0)
     far = make.integers(1, 4096, 6)
@@ -174,6 +194,7 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("half_split_last", x=make.normal(5, 3, 96), positions=far[:5], interleaved=False, **main)
     yield Sample("interleaved_first", x=make.normal(5, 3, 96), positions=far[:5], rope_first=True, **main)
     yield Sample("every_dim_rotated", x=make.normal(6, 2, 64), positions=far, **main)
+    yield Sample("64_pairs", x=make.normal(3, 2, 160), positions=far[:3], **tables(make, 4096, 128))
     yield Sample("one_pair_of_odd_head", x=make.normal(6, 2, 7), positions=far, **tables(make, 4096, 2))
     yield Sample("position_0", x=make.normal(6, 2, 96), positions=make.integers(0, 1, 6), **main)
     repeated = make.tensor([7, 3, 7, 0, 4095, 3], torch.int64)
@@ -193,6 +214,8 @@ def samples(make: Make) -> Iterator[Sample]:
         "quarter_turns_half_split", "exact", x=make.normal(12, 24), positions=quarters, **half_split, **quarter
     )
     yield Sample("narrow_products", **narrow_products(make))
+    if make.dtype != torch.float32:  # where products are rounded to it anyway
+        yield Sample("wide_products", "exact", **wide_products(make))
     # What is not rotated is not read as a number.
     poisoned = make.normal(6, 2, 96)
     poisoned[:, 0, :32], poisoned[:, 1, 5] = float("nan"), float("inf")
@@ -224,6 +247,27 @@ def errors(make: Make) -> Iterator[ErrorSample]:
     yield ErrorSample("integer_flag", says="rope: inverse must be bool; got int.", **but(inverse=1))
 
 
+def relations(make: Make) -> Iterator[Relation]:
+    cos_table, sin_table = rope_tables(rope_frequencies(16, 10000.0), 40, make.device)
+    call = {
+        "x": make.normal(9, 3, 24),
+        "positions": make.integers(0, 40, 9),
+        "cos_table": cos_table,
+        "sin_table": sin_table,
+    }
+    yield scaled("x_times_8", call, {"x": 3}, [3])
+    yield reordered("heads_reordered", call, make.permutation(3), {"x": 1}, {0: 1})
+    order = make.permutation(40)
+    number = inverse(order).to(make.device)[call["positions"].long()].int()
+    tables = {"cos_table": take(cos_table, order), "sin_table": take(sin_table, order)}
+    yield same("tables_reordered", call, {**tables, "positions": number})
+    yield same("inverse_of_the_mirrored", {**call, "inverse": True}, {"inverse": False, "sin_table": -sin_table})
+    # A pair of halves is a pair of neighbours in another order of the columns.
+    halves = {**call, "x": make.normal(9, 3, 16), "interleaved": False}
+    order = torch.arange(16).view(2, 8).T.flatten()
+    yield reordered("halves_are_neighbours", halves, order, {"x": 2}, {0: 2}, changes={"interleaved": True})
+
+
 rope = Operator(
     name="rope",
     shapes="x[... head_dim] positions[tokens] cos_table[length pairs] sin_table[length pairs] -> y[... head_dim]",
@@ -236,4 +280,5 @@ rope = Operator(
     cost=cost,
     samples=samples,
     errors=errors,
+    relations=relations,
 )

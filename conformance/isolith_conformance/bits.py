@@ -1,0 +1,48 @@
+"""Whether two results are the same bytes, wherever the operator says what they must be."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isolith.operator import AnyOperator
+
+
+def differing(
+    operator: AnyOperator,
+    arguments: Mapping[str, Any],  # Any: a call's own values
+    results: list[Tensor],
+    others: list[Tensor],
+) -> str | None:
+    """The first place where two runs' results differ, or None; a NaN is as good as another."""
+    if len(results) != len(others):
+        return f"{len(others)} results instead of {len(results)}"
+    copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    masks = operator.defined(**copies) if operator.defined else ()
+    for place, (one, other) in enumerate(zip(results, others, strict=True)):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return f"result {place} is {other.dtype} {tuple(other.shape)} instead of {one.dtype} {tuple(one.shape)}"
+        mask = masks[place] if place < len(masks) else None
+        rows = unequal_rows(one, other, mask)
+        if rows.any():
+            return f"result {place} differs in {int(rows.sum())} of {rows.numel()} rows, first {int(rows.nonzero()[0])}"
+    return None
+
+
+def unequal_rows(one: Tensor, other: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Which slices of the first axis differ in a byte, outside of NaN and of what is undefined."""
+    rows = one.shape[0] if one.dim() else 1
+    if not one.numel():
+        return torch.zeros(rows, dtype=torch.bool)
+    wrong = (raw(one) != raw(other)).reshape(*one.shape, one.itemsize).any(-1)
+    if one.is_floating_point() and one.dtype != torch.float8_e8m0fnu:
+        wrong &= ~(one.float().isnan() & other.float().isnan())
+    if mask is not None:
+        wrong &= mask.reshape(*mask.shape, *(1,) * (wrong.dim() - mask.dim()))
+    return wrong.reshape(rows, -1).any(-1)
+
+
+def raw(values: Tensor) -> Tensor:
+    """The bytes of all elements, flat."""
+    return values.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,215 @@
+"""What a run is asked to do, and what it found on this machine."""
+
+import contextlib
+import os
+import platform
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import isolith
+from isolith import plugins
+from isolith_conformance.case import UNITS, Unit
+from isolith_conformance.execute import Values
+from isolith_conformance.report import BackendRecord, Environment, How, Profile, Scope, Suite
+from isolith_conformance.runner import Runner, Setup
+from isolith_conformance.waivers import Waiver, WaiverError, parse
+from isolith_conformance.wire import DTYPES
+
+
+class PlanError(Exception):
+    """A run that cannot start; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is asked for; empty tuples mean everything."""
+
+    backends: tuple[str, ...] = ()
+    operators: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    case: str = ""
+    scope: Scope = "full"
+    profile: Profile = "standard"
+    how: How = "hardware"
+    seed: int = 0
+    timeout_s: float = 120.0
+    waivers: str = ""
+    environment: tuple[str, ...] = ()
+
+    @property
+    def selected(self) -> bool:
+        """Whether the run leaves cases out that its scope has."""
+        return bool(self.operators or self.dtypes or self.case)
+
+
+@dataclass(kw_only=True)
+class Found:
+    """A backend as its process describes it."""
+
+    name: str
+    runner: Runner
+    description: Values
+    waivers: tuple[Waiver, ...] = ()
+    used: set[str] = field(default_factory=set)
+
+    @property
+    def reason(self) -> str | None:
+        """Why it cannot run."""
+        reason: str | None = self.description["why_unavailable"]
+        return reason
+
+    @property
+    def device(self) -> str:
+        """Device and architecture, as waivers name them."""
+        return f"{self.description.get('device') or ''} {self.description.get('arch') or ''}".strip()
+
+    def units(self, plan: Plan) -> list[Unit]:
+        """Every candidate of the backend; one without a kernel for an operator that it has nothing for."""
+        if self.reason is not None:
+            return []
+        wanted = [name for name in UNITS if not plan.operators or name in plan.operators]
+        return [unit for name in wanted for unit in self.units_of(name)]
+
+    def units_of(self, name: str) -> list[Unit]:
+        """The candidates for one operator."""
+        operator, native = UNITS[name], bool(self.description["native"])
+        rows: list[dict[str, Any]] = [dict(row) for row in self.description["kernels"].get(name, ())]
+        if operator.composed_of and (not rows or native):
+            rows.append({"name": "composition"})
+        elif native:
+            rows.append({"name": "reference"})
+        return [
+            Unit(
+                backend=self.name,
+                operator=name,
+                kernel=row["name"],
+                device=self.description["device"],
+                native=native,
+                nondeterministic=row.get("nondeterministic", False),
+                batch_invariant=row.get("batch_invariant", False),
+            )
+            for row in rows or [{"name": ""}]
+        ]
+
+    def record(self) -> BackendRecord:
+        """For the report."""
+        known = self.description
+        kernels = {name: tuple(row["name"] for row in rows) for name, rows in known["kernels"].items() if rows}
+        return BackendRecord(
+            name=self.name,
+            distribution=known.get("distribution", ""),
+            version=known.get("version", ""),
+            device=known.get("device", ""),
+            arch=known.get("arch"),
+            versions=known.get("versions", {}),
+            why_unavailable=known["why_unavailable"],
+            kernels=kernels,
+        )
+
+
+def find(plan: Plan) -> list[Found]:
+    """Start a process for every backend asked for, or for all there are, and ask what it is.
+
+    Raises:
+        PlanError: for an unknown operator or dtype, or a backend asked for by name that is not there.
+    """
+    if unknown := [name for name in plan.operators if name not in UNITS]:
+        raise PlanError(f"there is no operator {unknown[0]!r}; known: {', '.join(sorted(UNITS))}")
+    if unknown := [name for name in plan.dtypes if name not in DTYPES]:
+        raise PlanError(f"there is no dtype {unknown[0]!r}; known: {', '.join(DTYPES)}")
+    rows = plugins.discover()
+    found = []
+    for name in plan.backends or tuple(dict.fromkeys(row.name for row in rows)):
+        offers = [row for row in rows if name in (row.name, f"{row.distribution}:{row.name}")]
+        if not offers:
+            raise PlanError(f"there is no backend {name!r}; installed: {', '.join(row.name for row in rows)}")
+        if len(offers) > 1 or (offers[0].reason and ":" not in name):
+            raise PlanError(f"{offers[0].reason}, or name one as DISTRIBUTION:{name}")
+        setup = Setup(
+            backend=name, how=plan.how, timeout_s=plan.timeout_s, memory=memory_limit(), environment=plan.environment
+        )
+        runner = Runner(setup)
+        one = Found(name=name, runner=runner, description=described(runner))
+        if plan.backends and one.reason is not None:
+            runner.close()
+            raise PlanError(f"backend {name} ({offers[0].origin}) is not available: {one.reason}")
+        one.waivers = waivers_of(one, plan)
+        found.append(one)
+    return found
+
+
+def described(runner: Runner) -> Values:
+    """What a backend's process says of itself, with every part that the suite reads of the kind that it must have."""
+    known = runner.describe()
+    kinds = {"kernels": dict, "versions": dict, "modules": dict, "native": bool, "device": str, "waivers": str}
+    for name, kind in kinds.items():
+        if not isinstance(known.setdefault(name, kind()), kind):
+            known |= {name: kind(), "why_unavailable": f"its process describes {name} as what is no {kind.__name__}"}
+    return known
+
+
+def waivers_of(found: Found, plan: Plan) -> tuple[Waiver, ...]:
+    """The backend's waivers: of the file named, else those that it brings."""
+    if found.reason is not None:
+        return ()
+    try:
+        if plan.waivers:
+            return parse(Path(plan.waivers).read_text(), plan.waivers)
+        return parse(found.description["waivers"], f"{found.name}'s waivers.toml")
+    except (WaiverError, OSError, UnicodeDecodeError) as error:
+        raise PlanError(str(error)) from None
+
+
+def memory_limit() -> int:
+    """Four fifths of the machine's memory, in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 4 // 5
+
+
+def suite() -> Suite:
+    """The suite's version, and its commit where it is a checkout."""
+    folder = Path(__file__).parent
+    commit = git(folder, "rev-parse", "HEAD")
+    status = git(folder, "status", "--porcelain") if commit else None
+    return Suite(version=isolith.__version__, commit=commit, clean=None if status is None else not status)
+
+
+def git(folder: Path, *words: str) -> str | None:
+    """What git says of a folder, or None where there is no git, or no checkout of ours."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        top = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, timeout=20, check=True)
+        return top.stdout.strip()
+    return None
+
+
+def environment(found: list[Found]) -> Environment:
+    """Where the run takes place."""
+    modules = {name: text for one in found for name, text in one.description.get("modules", {}).items()}
+    return Environment(
+        python=platform.python_version(),
+        platform=platform.platform(),
+        processor=processor(),
+        cores=os.cpu_count() or 0,
+        torch=str(torch.__version__),
+        modules=modules,
+        more={"executable": sys.executable},
+    )
+
+
+def processor() -> str:
+    """The processor's name."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_memory() -> int:
+    """The most memory that this process, or one of those it has started and ended, has used, in bytes."""
+    return 1024 * sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))

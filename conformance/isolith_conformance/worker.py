@@ -1,0 +1,218 @@
+"""A backend's process: loads one plugin, runs calls, sends back bytes. `python -m isolith_conformance.worker`.
+
+It reads frames from its standard input and answers each with one frame on what was its standard output; whatever the
+plugin prints goes to standard error.
+"""
+
+import importlib
+import json
+import os
+import resource
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from isolith import OPERATORS, plugins
+from isolith.backend import Backend
+from isolith.config import Settings
+from isolith.dispatch import Dispatcher, Recorder, call, using
+from isolith.errors import IsolithError
+from isolith.operator import AnyOperator
+from isolith.registry import Registry
+from isolith.select import refusal
+from isolith_conformance import wire
+from isolith_conformance.execute import Options, Response, Values, run
+from isolith_conformance.layers import LAYERS
+
+UNITS = {**OPERATORS, **LAYERS}
+"""Whatever a sample can be made of: single operators and whole layers."""
+
+
+class Bench:
+    """The backend under test, ready to run calls.
+
+    Args:
+        name: The plugin's name, or "distribution:name" where two offer it.
+        how: "hardware", "interpreter" or "twin".
+    """
+
+    def __init__(self, name: str, how: str) -> None:
+        self.plugin = plugins.load(asked_for(name))
+        self.backend = self.plugin.backend
+        self.how = how
+        if how == "twin" and self.backend and self.backend.twin:
+            importlib.import_module(self.backend.twin)
+        self.device = torch.device("cpu" if how == "interpreter" or not self.backend else self.backend.device_type)
+        self.registry = Registry(operators=OPERATORS, plugins=(self.plugin,))
+
+    @property
+    def why_unavailable(self) -> str | None:
+        """None where the backend can run here."""
+        if self.backend is None:
+            return self.plugin.reason
+        if self.how == "twin" and not self.backend.twin:
+            return f"{self.backend.name} has no twin"
+        if self.how == "interpreter":
+            return plugins.kernels_of(self.backend)[1]
+        return self.registry.why_unavailable(self.backend)
+
+    def describe(self) -> Values:
+        """What the backend is and which kernels it claims, by operator, best first."""
+        known: Values = {"distribution": self.plugin.distribution, "version": self.plugin.version}
+        known["why_unavailable"] = self.why_unavailable
+        if self.backend is None or known["why_unavailable"]:
+            return {**known, "device": "", "arch": None, "versions": {}, "native": False, "kernels": {}}
+        return {
+            **known,
+            "device": self.backend.device_type,
+            "arch": self.backend.arch() if self.backend.arch else None,
+            "versions": dict(self.backend.versions() if self.backend.versions else {}),
+            "native": self.backend.reference_is_native,
+            "kernels": {name: self.kernels(self.backend, name) for name in OPERATORS},
+            "waivers": waivers_beside(self.plugin.target),
+            "modules": {name: vars(sys.modules[name])["__version__"] for name in versioned()},
+        }
+
+    def kernels(self, backend: Backend, operator: str) -> list[Values]:
+        """The kernels of an operator with what they declare."""
+        return [
+            {
+                "name": f"{backend.name}.{kernel.name}",
+                "nondeterministic": kernel.nondeterministic,
+                "batch_invariant": kernel.batch_invariant,
+            }
+            for kernel in self.registry.kernels(backend, operator)
+        ]
+
+    def run(self, request: Values) -> Response:
+        """Run one call by the candidate that the request names, or refuse it with the reasons."""
+        unit = UNITS[request["operator"]]
+        candidate = request["kernel"]
+        pins = ((unit.name, candidate),) if candidate and unit.name in OPERATORS else ()
+        settings = replace(Settings(), backend=self.plugin.name, kernels=pins, fallback="error", debug=True)
+        options = Options(**{name: frozen(value) for name, value in request["options"].items()})
+        if self.how == "interpreter":
+            return self.interpreted(unit, candidate, request["arguments"], options)
+        recorder = Recorder(self.registry, settings)
+        refused = self.refusal(unit, recorder, request["arguments"], candidate)
+        if refused:
+            return Response(status="refused", message=refused)
+        with using(recorder):
+            response = run(
+                unit,
+                lambda **given: call(unit, (), given),
+                request["arguments"],
+                options,
+                self.device,
+                request["earlier"] or None,
+            )
+        executed = sorted(f"{operator} {name}" for operator, name in recorder.calls)
+        if response.status == "refused" and candidate:
+            return replace(
+                response, status="raised", message=f"claims the call but refuses to run it: {response.message}"
+            )
+        own = {unit.name} if unit.composed_of else set()
+        return replace(response, executed=executed, references=[n for n in response.references if n not in own])
+
+    def interpreted(self, unit: AnyOperator, candidate: str, arguments: Values, options: Options) -> Response:
+        """Run a kernel's own function on host tensors, where an interpreter stands for the device."""
+        assert self.backend is not None, "a backend that did not load has no kernels to ask for"
+        kernels = {f"{self.backend.name}.{k.name}": k for k in self.registry.kernels(self.backend, unit.name)}
+        if candidate not in kernels:
+            return Response(status="refused", message=f"{candidate or unit.name} is no kernel to interpret")
+        try:
+            given = unit.arguments(**arguments)
+            unit.validate(given)
+            why_not = refusal(kernels[candidate], given)
+        except IsolithError:
+            why_not = None
+        if why_not is not None:
+            return Response(status="refused", message=why_not)
+        response = run(unit, kernels[candidate].fn, arguments, options, self.device)
+        return replace(response, executed=[f"{unit.name} {candidate}"])
+
+    def refusal(self, unit: AnyOperator, dispatcher: Dispatcher, arguments: Values, candidate: str) -> str | None:
+        """Why the candidate does not take the call; None where it does, or where the call is illegal."""
+        if unit.name not in OPERATORS or not candidate:
+            return None
+        try:
+            explanation = dispatcher.explain(unit, unit.arguments(**arguments), self.device.type)
+        except IsolithError:
+            return None
+        chosen = explanation.chosen
+        return None if chosen is not None and chosen.name == candidate else explanation.reasons.strip()
+
+
+def waivers_beside(target: str) -> str:
+    """The text of the waivers.toml beside a plugin's entry module; empty where there is none."""
+    module = sys.modules[target.partition(":")[0]]
+    path = Path(module.__file__ or ".").parent / "waivers.toml"
+    return path.read_text() if path.is_file() else ""
+
+
+def versioned() -> list[str]:
+    """Packages that are loaded and say of which version they are."""
+    loaded = {name: vars(module).get("__version__") for name, module in tuple(sys.modules.items()) if "." not in name}
+    return sorted(name for name, version in loaded.items() if isinstance(version, str))
+
+
+def frozen(value: Any) -> Any:  # Any: JSON values
+    """Lists as tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def asked_for(name: str) -> plugins.Plugin:
+    """The plugin of a name; of two with one name, the one of the distribution named."""
+    distribution, _, short = name.rpartition(":")
+    rows = [row for row in plugins.discover() if row.name == short and distribution in ("", row.distribution)]
+    if not rows:
+        raise SystemExit(f"there is no plugin {name!r}")
+    if distribution and len(rows) == 1:
+        return replace(rows[0], reason=None)
+    return rows[0]
+
+
+def read_exactly(stream: BinaryIO, count: int) -> bytearray:
+    """So many bytes, or SystemExit at the end of the stream."""
+    data = bytearray(count)
+    view, done = memoryview(data), 0
+    while done < count:
+        more = stream.readinto(view[done:])  # type: ignore[attr-defined]  # raw and buffered streams have it
+        if not more:
+            raise SystemExit(0)
+        done += more
+    return data
+
+
+def main(arguments: Iterable[str]) -> None:
+    """Answer requests until the stream ends."""
+    given = json.loads(next(iter(arguments)))
+    # The protocol has the pipe to itself; prints of a plugin go where errors go.
+    answers = os.fdopen(os.dup(1), "wb", buffering=0)
+    requests = os.fdopen(os.dup(0), "rb", buffering=0)
+    os.dup2(2, 1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    bench = Bench(given["backend"], given["how"])
+    if given.get("memory") and bench.device.type == "cpu":
+        resource.setrlimit(resource.RLIMIT_DATA, (given["memory"], given["memory"]))
+    while True:
+        header, body = wire.lengths(bytes(read_exactly(requests, wire.PREFIX.size)))
+        request = wire.decode(bytes(read_exactly(requests, header)), read_exactly(requests, body))
+        reply = bench.describe() if request["ask"] == "describe" else bench.run(request).as_message()
+        send(answers, wire.encode(reply))
+
+
+def send(stream: BinaryIO, data: bytes) -> None:
+    """Write everything."""
+    view = memoryview(data)
+    while view:
+        view = view[stream.write(view) :]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

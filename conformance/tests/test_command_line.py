@@ -1,0 +1,153 @@
+"""The command line: what a person types, what they read, and what the exit code says."""
+
+import subprocess
+import sys
+
+import pytest
+
+from isolith_conformance import report
+
+RIGHT = """
+@implements(isolith.rms_norm)
+def rms_norm(x, weight, eps=1e-6, round_before_weight=False):
+    wide = x.float()
+    normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    if round_before_weight:
+        normed = normed.to(x.dtype).float()
+    return (normed * weight.float()).to(x.dtype).contiguous()
+"""
+WRONG = RIGHT.replace("+ eps", "+ 2 * eps")
+REFUSED = """
+@implements(isolith.rms_norm, why_not=lambda x, **_: "x has no rows; needs one" if x.numel() == 0 else None)
+def rms_norm(x, weight, eps=1e-6, round_before_weight=False):
+    return _rms_norm(x, weight, eps, round_before_weight)
+""" + RIGHT.replace("@implements(isolith.rms_norm)\ndef rms_norm", "def _rms_norm")
+
+
+@pytest.fixture
+def suite(tmp_path):
+    """Run the command line in an empty folder."""
+
+    def run(*words):
+        command = [sys.executable, "-m", "isolith_conformance", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+QUICK = ("--quick", "--op", "rms_norm", "--seed", "5")
+
+
+def test_a_right_kernel_passes_with_exit_code_0(suite, plugin):
+    plugin("good", RIGHT)
+    run = suite(*QUICK, "--backend", "good")
+    assert run.returncode == 0, run.stdout
+    assert "not sufficient for conformance" in run.stdout.lower()
+
+
+def test_a_wrong_kernel_fails_and_the_summary_says_what_to_fix_first(suite, plugin, tmp_path):
+    plugin("bad", WRONG)
+    run = suite(*QUICK, "--backend", "bad", "--report", "report.json", "--page", "page.html")
+    assert run.returncode == 1
+    assert "Fix first: bad/rms_norm/rms_norm/" in run.stdout
+    made = report.read(tmp_path / "report.json")
+    failed = [case for case in made.cases if case.verdict == "FAIL" and case.check == "accuracy"]
+    assert failed
+    assert failed[0].statistics["r1"] > failed[0].limits["r1"]
+    again = suite("reproduce", failed[0].id, "--seed", "5", "--backend", "bad")
+    assert again.returncode == 1
+    assert failed[0].problem in again.stdout
+    assert "1 failed" in again.stdout
+
+
+def test_a_refused_call_is_not_claimed_and_no_failure(suite, plugin, tmp_path):
+    plugin("picky", REFUSED)
+    run = suite(*QUICK, "--backend", "picky", "--report", "report.json")
+    assert run.returncode == 0, run.stdout
+    refused = [case for case in report.read(tmp_path / "report.json").cases if case.verdict == "NOT-CLAIMED"]
+    assert {case.problem for case in refused if case.kernel} == {"picky.rms_norm: x has no rows; needs one"}
+
+
+def test_operators_that_a_backend_has_nothing_for_are_listed_as_not_claimed(suite, plugin, tmp_path):
+    plugin("good", RIGHT)
+    suite("--quick", "--op", "rope", "--backend", "good", "--report", "report.json")
+    (case,) = report.read(tmp_path / "report.json").cases
+    assert (case.check, case.verdict) == ("unclaimed", "NOT-CLAIMED")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--op", "rms_nrom"), "there is no operator 'rms_nrom'"),
+        (("--backend", "nobody"), "there is no backend 'nobody'"),
+        (("--quick", "--full"), "--quick and --full exclude each other"),
+        (("--profile", "lenient"), "invalid choice: 'lenient'"),
+        (("--dtype", "float17"), "there is no dtype 'float17'"),
+        (("--waivers", "no.toml"), "no.toml"),
+        (("judge",), "there is no command 'judge'"),
+        (("reproduce",), "reproduce needs the id of a case"),
+        (("reproduce", "cpu/rms_norm/reference/none/float32/accuracy"), "there is no case"),
+    ],
+    ids=str,
+)
+def test_a_run_that_cannot_start_says_why_with_exit_code_2(suite, words, says):
+    run = suite(*words)
+    assert says in run.stdout + run.stderr
+    assert run.returncode == 2
+
+
+def test_two_runs_of_one_seed_give_the_same_report(suite, tmp_path):
+    for name in ("a.json", "b.json"):
+        suite("--quick", "--op", "swiglu", "--seed", "7", "--backend", "cpu", "--report", name)
+    made = [report.timeless(report.read(tmp_path / name)) for name in ("a.json", "b.json")]
+    assert made[0].cases == made[1].cases
+
+
+def test_xdist_runs_the_same_cases(suite, tmp_path):
+    for name, words in (("a.json", ()), ("b.json", ("-n", "2"))):
+        suite("--quick", "--op", "swiglu", "--seed", "7", "--backend", "cpu", "--report", name, *words)
+    made = [report.timeless(report.read(tmp_path / name)) for name in ("a.json", "b.json")]
+    assert made[0].cases == made[1].cases
+
+
+def test_one_line_in_a_vendor_s_repository_is_the_whole_suite(plugin, tmp_path):
+    plugin("good", RIGHT)
+    (tmp_path / "test_conformance.py").write_text("from isolith_conformance.suite import *\n")
+    words = ["-m", "pytest", "-q", "-p", "isolith_conformance.plugin", "--backend", "good", *QUICK, "-k", "accuracy"]
+    run = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout
+    assert "CONFORMANT" in run.stdout
+
+
+WAIVER = """
+[[waiver]]
+id = "eps"
+cases = "{cases}"
+reason = "known bug"
+link = "https://example.org/1"
+approver = "A. Engineer"
+date = {date}
+expires = {expires}
+observed = "R1 is 2"
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "cases", "days", "code"),
+    [
+        (WRONG, "bad/rms_norm/*", 30, 0),
+        (WRONG, "bad/rms_norm/*", -1, 1),
+        (WRONG, "bad/rope/*", 30, 1),
+        (RIGHT, "bad/rms_norm/*", 30, 1),
+    ],
+    ids=["excused", "expired", "another_case", "passes"],
+)
+def test_a_waiver_excuses_failures_alone_and_not_for_ever(suite, plugin, tmp_path, source, cases, days, code):
+    import datetime
+
+    today = datetime.date.today()
+    made, ends = today - datetime.timedelta(30), today + datetime.timedelta(days)
+    (tmp_path / "waivers.toml").write_text(WAIVER.format(cases=cases, date=made, expires=ends))
+    plugin("bad", source)
+    run = suite(*QUICK, "--backend", "bad", "-k", "accuracy and eps_dominates")
+    assert run.returncode == code, run.stdout

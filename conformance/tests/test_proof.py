@@ -1,0 +1,67 @@
+"""The suite's proof, a sample of it: wrong kernels die, right ones live, and each fault is seen by its own check."""
+
+import harness
+import pytest
+from faults import FAULTS
+
+MUTANTS = harness.listed("mutants", "MUTANTS")
+RIGHT = harness.listed("right", "RIGHT")
+DUE = [mutant for mutant in MUTANTS if not mutant.equivalent]
+
+
+def named(entries):
+    return [pytest.param(entry, id=f"{entry.operator}-{entry.name}") for entry in entries]
+
+
+def sample(entries, count):
+    """So many entries of each operator, spread over its list."""
+    by_operator = {}
+    for entry in entries:
+        by_operator.setdefault(entry.operator, []).append(entry)
+    return [entry for of_one in by_operator.values() for entry in of_one[:: -(-len(of_one) // count)]]
+
+
+@pytest.mark.parametrize("mutant", named(sample(DUE, 2)))
+def test_a_mutant_of_the_sample_dies(mutant):
+    assert harness.first_problem(mutant.load(), mutant.operator, 1) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", named(DUE))
+def test_every_mutant_dies(mutant):
+    assert harness.first_problem(mutant.load(), mutant.operator, 1) is not None
+
+
+@pytest.mark.parametrize("variant", named(sample(RIGHT, 1)))
+def test_a_right_variant_of_the_sample_lives(variant):
+    assert harness.first_problem(variant.load(), variant.operator, 1, dtypes=1) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("variant", named(RIGHT))
+def test_every_right_variant_lives(variant, seed):
+    assert harness.first_problem(variant.load(), variant.operator, seed) is None
+
+
+@pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.name) for fault in FAULTS])
+def test_a_fault_is_seen_by_its_check(fault):
+    assert harness.fails(harness.CHECKS[fault.check], harness.unit_of(fault), fault)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.name) for fault in FAULTS])
+def test_a_fault_is_seen_by_no_other_check(fault):
+    assert harness.killers(fault) == [fault.check]
+
+
+def test_names_of_mutants_are_unique():
+    names = [(mutant.operator, mutant.name) for mutant in MUTANTS]
+    assert len(set(names)) == len(names)
+
+
+def test_every_operator_has_mutants_and_right_variants():
+    from isolith import OPERATORS
+
+    assert {mutant.operator for mutant in MUTANTS} == set(OPERATORS)
+    assert {variant.operator for variant in RIGHT} == set(OPERATORS)
