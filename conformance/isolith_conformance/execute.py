@@ -144,12 +144,11 @@ def run(
             synchronise(device)
             seconds = time.perf_counter() - start
     except (ArgumentError, NoKernelError) as error:
-        status = "illegal" if isinstance(error, ArgumentError) else "refused"
-        return Response(status=status, message=str(error), buffers=kept(buffers, options))
+        return refusal(error, kept(buffers, options))
     except (Exception, SystemExit) as error:  # a kernel may raise anything
         return Response(status="raised", message=f"{type(error).__name__}: {error}"[:4000])
     written = [given[name] for name in operator.mutates]
-    first = snapshot([*outputs[0], *written], options)
+    results = snapshot([*outputs[0], *written], options)
     late = [snapshot([*other, *written], options) for other in outputs[1:]]
     whole = kept(buffers, options)
     if options.overwrite:
@@ -157,11 +156,10 @@ def run(
             tensor.zero_()
         late.append(snapshot(outputs[0], options))
     if options.settle:
-        time.sleep(options.settle)
-        late.append(snapshot([*outputs[0], *written], options))
+        late.append(snapshot_later([*outputs[0], *written], options))
     return Response(
         status="ran",
-        results=first,
+        results=results,
         late=[tensor for results in late for tensor in results],
         buffers=whole,
         zones=[torch.cat((zone[:GUARD], zone[-GUARD:])).cpu() for zone in watch.zones],
@@ -244,6 +242,18 @@ def snapshot(tensors: list[Tensor], options: Options) -> list[Tensor]:
         rows = [tensor.unflatten(0, (options.repeats, -1)) for tensor in tensors]
         return [tensor[list(options.copies)].cpu() for tensor in rows]
     return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+
+
+def refusal(error: ArgumentError | NoKernelError, buffers: dict[str, Tensor]) -> Response:
+    """The answer where nothing ran."""
+    status = "illegal" if isinstance(error, ArgumentError) else "refused"
+    return Response(status=status, message=str(error), buffers=buffers)
+
+
+def snapshot_later(tensors: list[Tensor], options: Options) -> list[Tensor]:
+    """Host copies of results, after a while."""
+    time.sleep(options.settle)
+    return snapshot(tensors, options)
 
 
 def kept(buffers: dict[str, Tensor], options: Options) -> dict[str, Tensor]:
