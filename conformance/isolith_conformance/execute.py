@@ -33,6 +33,10 @@ MOST_ZONES = 64
 OPERATORS_FOLDER = str(Path(isolith.ops.__file__).parent)
 
 
+class Declined(NoKernelError):  # noqa: N818  # no mistake: what a kernel says of a call
+    """The candidate itself does not claim the call, for the reason given."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How a call is run.
@@ -80,6 +84,7 @@ class Response:
     Args:
         status: "ran", "refused" (no kernel takes the call), "illegal" (ArgumentError) or "raised".
         message: The whole message of what was raised.
+        declined: Of "refused": whether the candidate said so before it was run.
         results: Outputs, then mutated arguments.
         late: Results looked at once more, after `overwrite` or `settle`; of `together`, every other thread's.
         buffers: The arguments' whole buffers, by name, after the call.
@@ -93,6 +98,7 @@ class Response:
 
     status: str
     message: str = ""
+    declined: bool = False
     results: list[Tensor] = field(default_factory=list)
     late: list[Tensor] = field(default_factory=list)
     buffers: dict[str, Tensor] = field(default_factory=dict)
@@ -247,7 +253,8 @@ def snapshot(tensors: list[Tensor], options: Options) -> list[Tensor]:
 def refusal(error: ArgumentError | NoKernelError, buffers: dict[str, Tensor]) -> Response:
     """The answer where nothing ran."""
     status = "illegal" if isinstance(error, ArgumentError) else "refused"
-    return Response(status=status, message=str(error), buffers=buffers)
+    declined = isinstance(error, Declined)
+    return Response(status=status, message=str(error), declined=declined, buffers=buffers)
 
 
 def snapshot_later(tensors: list[Tensor], options: Options) -> list[Tensor]:

@@ -28,7 +28,7 @@ Function = Callable[..., Any]  # Any: any signature
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 FEW = 4096
 """Elements of a call's float32 results that are few."""
-MOST_WORK = 2**31
+MOST_WORK = 2**30
 """Elements that a sum in order may touch; a larger one keeps torch's order."""
 
 

@@ -25,7 +25,7 @@ from isolith.operator import AnyOperator
 from isolith.registry import Registry
 from isolith.select import refusal
 from isolith_conformance import wire
-from isolith_conformance.execute import Options, Response, Values, run
+from isolith_conformance.execute import Declined, Options, Response, Values, run
 from isolith_conformance.layers import LAYERS
 
 UNITS = {**OPERATORS, **LAYERS}
@@ -98,20 +98,17 @@ class Bench:
         if self.how == "interpreter":
             return self.interpreted(unit, candidate, request["arguments"], options)
         recorder = Recorder(self.registry, settings)
-        refused = self.refusal(unit, recorder, request["arguments"], candidate)
-        if refused:
-            return Response(status="refused", message=refused)
+
+        def claimed(**given: Any) -> Any:  # Any: an operator's own signature
+            refused = self.refusal(unit, recorder, given, candidate)
+            if refused:
+                raise Declined(refused)
+            return call(unit, (), given)
+
         with using(recorder):
-            response = run(
-                unit,
-                lambda **given: call(unit, (), given),
-                request["arguments"],
-                options,
-                self.device,
-                request["earlier"] or None,
-            )
+            response = run(unit, claimed, request["arguments"], options, self.device, request["earlier"] or None)
         executed = sorted(f"{operator} {name}" for operator, name in recorder.calls)
-        if response.status == "refused" and candidate:
+        if response.status == "refused" and candidate and not response.declined:
             return replace(
                 response, status="raised", message=f"claims the call but refuses to run it: {response.message}"
             )

@@ -1,5 +1,8 @@
 """The suite's proof, a sample of it: wrong kernels die, right ones live, and each fault is seen by its own check."""
 
+import importlib.util
+from pathlib import Path
+
 import harness
 import pytest
 from faults import FAULTS
@@ -53,6 +56,14 @@ def test_a_fault_is_seen_by_its_check(fault):
 @pytest.mark.parametrize("fault", [pytest.param(fault, id=fault.name) for fault in FAULTS])
 def test_a_fault_is_seen_by_no_other_check(fault):
     assert harness.killers(fault) == [fault.check]
+
+
+def test_every_edit_of_a_mutant_finds_its_text():
+    sources = {}
+    for mutant in MUTANTS:
+        for edit in mutant.edits:
+            source = sources.setdefault(edit.module, Path(importlib.util.find_spec(edit.module).origin).read_text())
+            assert source.count(edit.old) == edit.count or len(mutant.edits) > 1, (mutant.name, edit.old)
 
 
 def test_names_of_mutants_are_unique():

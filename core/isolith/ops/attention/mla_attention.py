@@ -146,13 +146,13 @@ def merged_halves(
 ) -> tuple[Tensor, Tensor]:
     """Each half of the entries by itself, merged by lse, as a decoding kernel that splits them does."""
     nope, latent = w_uk.shape[1:]
-    wide = q.to(widen(q.dtype))
-    rows = torch.cat((torch.einsum("thn,hnc->thc", wide[..., :nope], w_uk.to(wide.dtype)), wide[..., nope:]), dim=-1)
-    indices = visible_positions(cu_seqlens, start_pos, q.shape[0], topk_indices)
+    upcast, up = q.to(widen(q.dtype)), w_uk.to(widen(q.dtype))
+    rows = torch.cat((torch.einsum("thn,hnc->thc", upcast[..., :nope], up), upcast[..., nope:]), dim=-1)
+    seen = visible_positions(cu_seqlens, start_pos, q.shape[0], topk_indices)
     out, lse = in_halves(
-        rows, kv_cache, indices, softmax_scale, None, topk_length, block_table, cu_seqlens, value_dim=latent
+        rows, kv_cache, seen, softmax_scale, None, topk_length, block_table, cu_seqlens, value_dim=latent
     )
-    return torch.einsum("thc,hvc->thv", out, w_uv.to(wide.dtype)).to(q.dtype).contiguous(), lse
+    return torch.einsum("thc,hvc->thv", out, w_uv.to(upcast.dtype)).to(q.dtype).contiguous(), lse
 
 
 def fake(q: Tensor, w_uv: Tensor, **_: object) -> tuple[Tensor, Tensor]:
