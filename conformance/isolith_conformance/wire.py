@@ -5,6 +5,7 @@ dtype, shape and strides) and the body (the tensors' elements in row-major order
 reader believes nothing that the header says before it has checked it.
 """
 
+import ctypes
 import json
 import math
 import struct
@@ -70,8 +71,8 @@ def described(tensor: Tensor) -> Message:
 
 def bytes_of(tensor: Tensor) -> bytes:
     """The elements in row-major order."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return bytes(flat.view(torch.uint8).numpy().data) if flat.numel() else b""
+    flat = tensor.detach().cpu().contiguous()
+    return ctypes.string_at(flat.data_ptr(), flat.nbytes) if flat.numel() else b""
 
 
 def lengths(prefix: bytes) -> tuple[int, int]:
