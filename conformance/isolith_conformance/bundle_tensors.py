@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from isolith_conformance.report_json import JsonError, Value, as_text, decode, parse, read_bytes, shown
+from isolith_conformance.wire import bytes_of
 
 LARGEST_FILE = 2**32
 LARGEST_HEADER = 2**20
@@ -72,12 +73,6 @@ def tensor_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     words = json.dumps(header, separators=(",", ":")).encode()
     words += b" " * (-len(words) % 8)  # the format asks that the bytes start at a multiple of eight
     return b"".join((LENGTH.pack(len(words)), words, *parts))
-
-
-def bytes_of(tensor: Tensor) -> bytes:
-    """The elements in row-major order."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return bytes(flat.view(torch.uint8).numpy().data) if flat.numel() else b""
 
 
 def read_tensors(path: Path, size: int | None = None) -> dict[str, Tensor]:
