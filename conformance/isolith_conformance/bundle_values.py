@@ -12,8 +12,9 @@ from torch import Tensor
 
 from isolith.dtypes import dtype_name
 from isolith.operator import AnyOperator, Operator
-from isolith_conformance.bundle_tensors import NAMES, bytes_of
+from isolith_conformance.bundle_tensors import NAMES
 from isolith_conformance.report_json import NON_FINITE, JsonError, Value, check_number, shown
+from isolith_conformance.wire import bytes_of
 
 DTYPES = {dtype_name(dtype): dtype for dtype in NAMES}
 
