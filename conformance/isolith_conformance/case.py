@@ -133,8 +133,9 @@ class Check:
         samples: "every" sample in every dtype; up to six samples in "one" dtype; a "few", or the "first", in one; or
             "none", for a check that looks at the operator as a whole.
         takes: Whether the check says anything of an operator; None where it does of every one.
-        only: The one tag that the samples must have; "" for those without "invariants".
+        only: The one tag that the samples must have.
         without: A tag that they must not have.
+        invariants: Whether samples are taken too that have no gold, but invariants.
         empty: Whether samples without a single element count.
         unclaimed: Whether the check is about operators that a backend has nothing for, instead of about kernels.
         quick: Whether a quick run has it.
@@ -145,6 +146,7 @@ class Check:
     takes: Callable[[AnyOperator], bool] | None = None
     only: str = ""
     without: str = ""
+    invariants: bool = False
     empty: bool = True
     unclaimed: bool = False
     quick: bool = True
@@ -230,7 +232,7 @@ def fits(kind: Check, tags: frozenset[str], scope: Scope, unit: Unit) -> bool:
         return False
     if kind.without and kind.without in tags:
         return False
-    return kind.only in tags if kind.only else "invariants" not in tags
+    return (not kind.only or kind.only in tags) and (kind.invariants or "invariants" not in tags)
 
 
 def spread(found: list[Any], count: int) -> list[Any]:  # Any: of whatever kind

@@ -4,8 +4,8 @@ from isolith_conformance.case import check
 from isolith_conformance.trial import Trial
 
 
-def hold(trial: Trial) -> None:
-    """Fail with the first invariant that does not hold."""
+@check("mapping", "every", takes=lambda operator: operator.invariants is not None, invariants=True)
+def test_invariants_hold(trial: Trial) -> None:
     operator = trial.case.operator
     assert operator.invariants is not None, "the check takes operators that have some"
     results = trial.run().results
@@ -13,13 +13,3 @@ def hold(trial: Trial) -> None:
     problem = operator.invariants(results=results, **trial.case.arguments)
     if problem is not None:
         trial.fail(problem, "invariant")
-
-
-@check("mapping", "every", takes=lambda operator: operator.invariants is not None)
-def test_invariants_hold(trial: Trial) -> None:
-    hold(trial)
-
-
-@check("mapping at scale", "every", takes=lambda operator: operator.invariants is not None, only="invariants")
-def test_invariants_hold_of_many_and_of_large(trial: Trial) -> None:
-    hold(trial)

@@ -49,7 +49,7 @@ class Local:
             return function(**given)
 
         response = run(unit, call, arguments, options, torch.device("cpu"), earlier)
-        return Response(**response.as_message() | {"executed": [f"{operator} {kernel}"]})
+        return Response(**response.as_message() | {"executed": [f"{operator} {kernel}"] * (response.status == "ran")})
 
     def end(self, which: str) -> None:
         """Forget a function, so that the next call gets a fresh one."""
