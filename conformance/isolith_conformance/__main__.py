@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+CANNOT_START = 2
 
 
 def run(arguments: list[str]) -> int:
@@ -38,14 +39,15 @@ def run(arguments: list[str]) -> int:
         *("--disable-plugin-autoload", "-p", "isolith_conformance.plugin", "-q", "--tb=no", "-rN"),
         *(("-p", "xdist.plugin", "--dist=loadgroup") if distributed else ()),
     ]
-    return int(pytest.main([*words, *arguments, *map(str, sorted(HERE.glob("test_*.py")))]))
+    code = pytest.main([*words, *arguments, *map(str, sorted(HERE.glob("test_*.py")))])
+    return int(code) if code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) else CANNOT_START
 
 
 def reproduce(arguments: list[str]) -> int:
     """Run one case again, and show what it finds."""
     if not arguments or arguments[0].startswith("-"):
         print("reproduce needs the id of a case, as a report gives it", file=sys.stderr)
-        return 2
+        return CANNOT_START
     case, *rest = arguments
     backend = [] if any(word.startswith("--backend") for word in rest) else ["--backend", case.partition("/")[0]]
     operator = ["--op", case.split("/")[1]] if case.count("/") >= 2 else []
@@ -120,7 +122,7 @@ def main(arguments: list[str]) -> int:
         return COMMANDS[arguments[0]](arguments[1:])
     if arguments and not arguments[0].startswith("-"):
         print(f"there is no command {arguments[0]!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
+        return CANNOT_START
     return run(arguments)
 
 
