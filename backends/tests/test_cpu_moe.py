@@ -15,7 +15,11 @@ KERNELS = {
     "fused_moe": (ops.moe.fused_moe, moe.fused_moe),
 }
 CASES = [
-    pytest.param(name, sample.name, dtype, id=f"{name}-{sample.name}-{str(dtype).removeprefix('torch.')}")
+    pytest.param(
+        *(name, sample.name, dtype),
+        id=f"{name}-{sample.name}-{str(dtype).removeprefix('torch.')}",
+        marks=[pytest.mark.slow] if dtype == torch.float16 else [],
+    )
     for name, (operator, _) in KERNELS.items()
     for dtype in operator.sample_dtypes
     for sample in operator.samples(Make(dtype, seed=name))

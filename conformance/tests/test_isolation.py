@@ -44,7 +44,14 @@ def listing():
     return {one.name: one for one in plan.find(Plan(backends=()))}
 
 
-@pytest.mark.parametrize(("source", "reason"), BROKEN.values(), ids=BROKEN)
+SLOW = {"import_error", "exit_0", "abort", "endless", "wrong_version"}  # like another, in CI
+
+
+def each_broken_plugin():
+    return [pytest.param(*row, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, row in BROKEN.items()]
+
+
+@pytest.mark.parametrize(("source", "reason"), each_broken_plugin())
 def test_a_broken_plugin_is_unavailable_with_its_reason(plugin, runner, monkeypatch, source, reason):
     monkeypatch.setattr(runners, "START_TIMEOUT_S", 4.0 if "TIMEOUT" in reason else 60.0)
     plugin("broken", source)

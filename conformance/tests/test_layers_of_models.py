@@ -22,7 +22,11 @@ SAMPLES = [
     for sample in layer.samples(Make(dtype, seed=name))
 ]
 RELATIONS = [
-    pytest.param(name, relation.name, dtype, id=f"{name}-{relation.name}-{str(dtype).removeprefix('torch.')}")
+    pytest.param(
+        *(name, relation.name, dtype),
+        id=f"{name}-{relation.name}-{str(dtype).removeprefix('torch.')}",
+        marks=[pytest.mark.slow] if dtype != torch.float32 else [],
+    )
     for name, layer in LAYERS.items()
     for dtype in layer.sample_dtypes
     for relation in layer.relations(Make(dtype, seed=name))

@@ -106,7 +106,10 @@ def verdicts(runner, backend, names):
     return found
 
 
-@pytest.mark.parametrize("trick", TRICKS)
+SLOW = {"stops_the_clock", "fixes_the_seed", "says_that_all_is_equal", "returns_its_input"}  # like another, in CI
+
+
+@pytest.mark.parametrize("trick", [pytest.param(trick, marks=[pytest.mark.slow] * (trick in SLOW)) for trick in TRICKS])
 def test_a_wrong_kernel_fails_whatever_it_patches(plugin, runner, trick):
     import textwrap
 

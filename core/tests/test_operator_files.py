@@ -43,7 +43,11 @@ def cases():
 
 CASES = list(cases())
 RELATIONS = [
-    pytest.param(name, relation.name, dtype, id=f"{name}-{relation.name}-{str(dtype).removeprefix('torch.')}")
+    pytest.param(
+        *(name, relation.name, dtype),
+        id=f"{name}-{relation.name}-{str(dtype).removeprefix('torch.')}",
+        marks=[pytest.mark.slow] if dtype != operator.sample_dtypes[0] else [],
+    )
     for name, operator in OPERATORS.items()
     if operator.relations
     for relation in operator.relations(Make(operator.sample_dtypes[0], seed=name))
