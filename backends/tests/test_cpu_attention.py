@@ -42,13 +42,6 @@ def due(name, label, dtype):
     return expect(OPERATORS[name], call_of(name, label, dtype))
 
 
-def judged(name, label, dtype, results):
-    verdict = due(name, label, dtype).judge(results)
-    if verdict.passed and OPERATORS[name].selects_by is not None:
-        return due(name, label, dtype).selection(results)
-    return verdict
-
-
 def runs(name, sample):
     """Whether the kernel can take the call: small ones it refuses for speed alone, empty ones it cannot."""
     call = OPERATORS[name].arguments(**sample.arguments)
@@ -81,7 +74,7 @@ def cut(request, monkeypatch):
 def test_results_are_those_of_legal_roundings(name, label, dtype):
     call = call_of(name, label, dtype)
     result = KERNELS[name].fn(**call)
-    verdict = judged(name, label, dtype, list(result) if isinstance(result, tuple) else [result])
+    verdict = due(name, label, dtype).verdict_on(list(result) if isinstance(result, tuple) else [result])
     assert verdict.problem is None
 
 

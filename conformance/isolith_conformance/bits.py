@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from isolith.operator import AnyOperator
+from isolith_conformance.family import copied
 
 
 def differing(
@@ -18,8 +19,7 @@ def differing(
     """The first place where two runs' results differ, or None; a NaN is as good as another."""
     if len(results) != len(others):
         return f"{len(others)} results instead of {len(results)}"
-    copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-    masks = operator.defined(**copies) if operator.defined else ()
+    masks = operator.defined(**copied(arguments)) if operator.defined else ()
     for place, (one, other) in enumerate(zip(results, others, strict=True)):
         if one.shape != other.shape or one.dtype != other.dtype:
             return f"result {place} is {other.dtype} {tuple(other.shape)} instead of {one.dtype} {tuple(one.shape)}"
@@ -28,6 +28,11 @@ def differing(
         if rows.any():
             return f"result {place} differs in {int(rows.sum())} of {rows.numel()} rows, first {int(rows.nonzero()[0])}"
     return None
+
+
+def same_bytes(one: Tensor | None, other: Tensor) -> bool:
+    """Whether a buffer came back, and every byte of it is that of the other."""
+    return one is not None and one.dtype == other.dtype and torch.equal(one, other)
 
 
 def unequal_rows(one: Tensor, other: Tensor, mask: Tensor | None = None) -> Tensor:

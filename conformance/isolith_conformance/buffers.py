@@ -5,11 +5,13 @@ byte of the buffers must be afterwards.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+HOST = torch.device("cpu")
 
 GUARD = 4096
 """Bytes of a guard zone, before and behind a tensor; a page, so that the tensor keeps its alignment."""
@@ -33,6 +35,11 @@ def strides_in(tensor: Tensor, layout: Layout) -> tuple[int, ...]:
     return tuple(2 * stride for stride in strides) if tensor.dim() == 1 else tuple(strides)
 
 
+def span_of(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """How many elements of memory a tensor reaches over."""
+    return 0 if 0 in shape else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
 def reserve(
     shape: Sequence[int],
     strides: Sequence[int],
@@ -43,17 +50,15 @@ def reserve(
 ) -> tuple[Tensor, Tensor]:
     """A tensor between guard zones, every byte of it the same: (the whole buffer as bytes, the tensor in it)."""
     start = GUARD + (dtype.itemsize if layout == "offset" else 0)
-    empty = 0 in shape
-    span = 0 if empty else 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-    span *= dtype.itemsize
+    span = span_of(shape, strides) * dtype.itemsize
     buffer = torch.full((start + span + GUARD,), fill, dtype=torch.uint8, device=device)
-    if empty:
+    if not span:
         return buffer, torch.empty_strided(tuple(shape), tuple(strides), dtype=dtype, device=device)
     return buffer, buffer[start : start + span].view(dtype).as_strided(tuple(shape), tuple(strides))
 
 
 def place(
-    tensor: Tensor, strides: Sequence[int], fill: int, layout: Layout, device: torch.device
+    tensor: Tensor, strides: Sequence[int], fill: int, layout: Layout = "as_is", device: torch.device = HOST
 ) -> tuple[Tensor, Tensor]:
     """Copy a tensor into a reserved one: (the whole buffer as bytes, the tensor in it)."""
     buffer, placed = reserve(tensor.shape, strides, tensor.dtype, fill, device, layout)
@@ -65,10 +70,10 @@ def place(
 
 
 def place_all(
-    arguments: dict[str, Any],  # Any: a call's own values
-    fill: int,
-    layout: Layout,
-    device: torch.device,
+    arguments: Mapping[str, Any],  # Any: a call's own values
+    fill: int = NAN_BYTES,
+    layout: Layout = "as_is",
+    device: torch.device = HOST,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Place every tensor of a call: (the buffers by name, the arguments)."""
     buffers, placed = {}, dict(arguments)

@@ -23,8 +23,9 @@ from isolith.dtypes import dtype_name
 from isolith.operator import AnyOperator
 from isolith_conformance.bundle_tensors import BundleError, tensor_bytes, tensors_of
 from isolith_conformance.bundle_values import Packer, Unpacker
-from isolith_conformance.case import UNITS, arguments_of, expectation_of, samples_of
+from isolith_conformance.case import arguments_of, expectation_of, samples_of
 from isolith_conformance.judge import Expectation
+from isolith_conformance.layers import UNITS
 from isolith_conformance.report_json import (
     Hex,
     JsonError,

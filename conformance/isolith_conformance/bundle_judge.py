@@ -15,8 +15,8 @@ from isolith_conformance.bundle import (
 )
 from isolith_conformance.bundle_tensors import BundleError, read_tensors
 from isolith_conformance.bundle_values import DTYPES
-from isolith_conformance.case import UNITS
 from isolith_conformance.judge import Expectation, Verdict
+from isolith_conformance.layers import UNITS
 from isolith_conformance.report import Case, How, Outcome, Profile
 from isolith_conformance.report_json import canonical, encode, shown
 from isolith_conformance.report_standing import counts
@@ -87,17 +87,14 @@ def judged(
         problem=found.problem,
         rule=found.check if not found.passed else "",
         statistics=dict(found.statistics),
+        limits=dict(found.limits),
     )
 
 
 def verdict(expectation: Expectation, case: BundleCase, results: list[Tensor], profile: Profile) -> Verdict:
     """The judge's verdict, or BundleError where the parts of the expectation do not fit each other."""
     try:
-        if expectation.ranking is not None:
-            chosen = expectation.selection(results)
-            if not chosen.passed:
-                return chosen
-        return expectation.judge(results, profile)
+        return expectation.verdict_on(results, profile)
     except (RuntimeError, IndexError, ValueError, TypeError, KeyError, AssertionError) as error:
         # The judge raises for no result; a bundle with hashes made anew may hold tensors of any shape.
         said = shown(str(error).partition("\n")[0])

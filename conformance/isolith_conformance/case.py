@@ -8,19 +8,19 @@ from typing import Any, Literal
 
 import torch
 
-from isolith import OPERATORS, Make
+from isolith import Make
+from isolith.dtypes import dtype_name
 from isolith.operator import AnyOperator
 from isolith.sample import Sample
 from isolith_conformance import wire
 from isolith_conformance.execute import Values
 from isolith_conformance.judge import Expectation, expect
-from isolith_conformance.layers import LAYERS
-
-UNITS: dict[str, AnyOperator] = {**OPERATORS, **LAYERS}
-"""Whatever a sample can be made of: single operators and whole layers."""
+from isolith_conformance.layers import UNITS
 
 Scope = Literal["full", "quick"]
 Samples = Literal["every", "one", "few", "first", "none"]
+MARK = "isolith_check"
+"""The attribute by which a test function is a check."""
 NEVER_ON_A_HOST = frozenset({"device"})
 
 
@@ -81,21 +81,36 @@ class Case:
         return expectation_of(self.unit.operator, self.sample, self.dtype, self.seed)
 
     @property
+    def make(self) -> Make:
+        """What makes the tensors of this case, from the start."""
+        return make_for(self.unit.operator, self.dtype, self.seed)
+
+    @property
     def input_hash(self) -> str:
         """SHA-256 of the arguments as they cross to the backend."""
-        return hashlib.sha256(wire.encode(self.arguments)).hexdigest()
+        return input_hash_of(self.unit.operator, self.sample, self.dtype, self.seed)
+
+
+def make_for(operator: str, dtype: str, seed: int) -> Make:
+    """What makes an operator's tensors under a seed."""
+    return Make(wire.DTYPES[dtype], seed=f"{operator}:{seed}")
 
 
 @lru_cache(maxsize=6)
 def samples_of(operator: str, dtype: str, seed: int) -> Mapping[str, Sample]:
     """The samples of an operator by name."""
-    make = Make(wire.DTYPES[dtype], seed=f"{operator}:{seed}")
-    return {sample.name: sample for sample in UNITS[operator].samples(make)}
+    return {sample.name: sample for sample in UNITS[operator].samples(make_for(operator, dtype, seed))}
 
 
 def arguments_of(operator: str, sample: str, dtype: str, seed: int) -> Values:
     """All arguments of a sample by name."""
     return UNITS[operator].arguments(**samples_of(operator, dtype, seed)[sample].arguments)
+
+
+@lru_cache(maxsize=4)
+def input_hash_of(operator: str, sample: str, dtype: str, seed: int) -> str:
+    """The hash of a sample's arguments; kept for the checks that come next."""
+    return hashlib.sha256(wire.encode(arguments_of(operator, sample, dtype, seed))).hexdigest()
 
 
 @lru_cache(maxsize=4)
@@ -117,11 +132,6 @@ def labels(operator: str, seed: int) -> tuple[tuple[str, frozenset[str], bool], 
 def has_work(arguments: Mapping[str, Any]) -> bool:  # Any: a call's own values
     """Whether the first tensor has an element."""
     return next((value.numel() > 0 for value in arguments.values() if isinstance(value, torch.Tensor)), True)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """ "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +170,7 @@ def check(
     """Mark a test function as a check: it gets one `trial` for each of its cases. Arguments are those of `Check`."""
 
     def mark(function: Callable[..., None]) -> Callable[..., None]:
-        function.isolith_check = Check(name=name, samples=samples, **more)  # type: ignore[attr-defined]  # a mark
+        setattr(function, MARK, Check(name=name, samples=samples, **more))
         return function
 
     return mark

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
 
 from isolith.config import Settings
 from isolith.dispatch import Dispatcher, references, using
 from isolith.operator import AnyOperator, in_float64
 from isolith.ops import OPERATORS
 from isolith.registry import Registry
+from isolith_conformance.execute import leaves
 from isolith_conformance.limits import CODE_LEAN, INPUT_ROUNDING, STANDARD
 
 Arguments = Mapping[str, Any]  # Any: a call's own values
@@ -155,8 +155,7 @@ def evaluate(
     given = copied(arguments)
     with using(only_references()), numerics or Numerics():
         outputs = function(**given)
-    leaves = [leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Tensor)]
-    return leaves + [given[name] for name in operator.mutates]
+    return leaves(outputs) + [given[name] for name in operator.mutates]
 
 
 class Numerics(TorchFunctionMode):

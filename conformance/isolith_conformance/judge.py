@@ -87,13 +87,20 @@ class Expectation:
     sorted_reference: tuple[Tensor, ...]
     exact: bool
 
-    def judge(self, results: list[Tensor], profile: str = "standard", exact: bool = False) -> Verdict:
+    def verdict_on(self, results: list[Tensor], profile: str = "standard") -> Verdict:
+        """The selection, where there is one, then everything else; the arguments are those of `judge`."""
+        if self.ranking is not None:
+            chosen = self.selection(results)
+            if not chosen.passed:
+                return chosen
+        return self.judge(results, profile)
+
+    def judge(self, results: list[Tensor], profile: str = "standard") -> Verdict:
         """Everything but which entries a selection chooses.
 
         Args:
             results: What the kernel made, on the host: outputs, then mutated arguments after the call.
             profile: "strict", "standard" or "basic".
-            exact: Whether every legal rounding gives the same numbers.
         """
         shape = self.misshapen(results)
         if shape is not None:
@@ -104,7 +111,7 @@ class Expectation:
         for at, (due, result) in enumerate(zip(self.due, results, strict=True)):
             if self.ranking is not None and at == 0:
                 continue
-            finding = self.finding(due, result, profile, exact or self.exact)
+            finding = self.finding(due, result, profile)
             if finding.problem is not None:
                 return verdict(finding, at)
             if finding.excess > worst.excess or not worst.statistics:
@@ -132,7 +139,7 @@ class Expectation:
                     break
         return None if problem is None else Verdict(problem=problem, check="shape", statistics={})
 
-    def finding(self, due: Due, result: Tensor, profile: str, exact: bool) -> Finding:
+    def finding(self, due: Due, result: Tensor, profile: str) -> Finding:
         """What is found of one result."""
         expected = due.reference
         if due.mask is not None:
@@ -140,13 +147,13 @@ class Expectation:
         if result.numel() == 0:
             return PASSED
         if due.codes is not None:
-            return judged_codes(due.codes, result, exact)
+            return judged_codes(due.codes, result, self.exact)
         if due.scales is not None:
-            return judged_scales(due.scales, result, exact)
+            return judged_scales(due.scales, result, self.exact)
         if due.bar is None:
             return differing_bits(result, due.legal)
         found = measured(due.bar, result, profile)
-        if not exact:
+        if not self.exact:
             return found
         different = ~((result == expected) | (result.isnan() & expected.isnan()))
         if not bool(different.any()):
@@ -185,12 +192,7 @@ def judge(
         profile: "strict", "standard" or "basic".
         exact: Whether every legal rounding gives the same numbers.
     """
-    expectation = expect(operator, arguments, exact)
-    if operator.selects_by is not None:
-        chosen = expectation.selection(results)
-        if not chosen.passed:
-            return chosen
-    return expectation.judge(results, profile)
+    return expect(operator, arguments, exact).verdict_on(results, profile)
 
 
 def expect(

@@ -6,7 +6,7 @@ import platform
 import resource
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 
 import isolith
 from isolith import plugins
-from isolith_conformance.case import UNITS, Unit
+from isolith_conformance.case import Unit
 from isolith_conformance.execute import Values
+from isolith_conformance.layers import UNITS
 from isolith_conformance.report import BackendRecord, Environment, How, Profile, Scope, Suite
 from isolith_conformance.runner import Runner, Setup
 from isolith_conformance.waivers import Waiver, WaiverError, parse
@@ -56,7 +57,6 @@ class Found:
     runner: Runner
     description: Values
     waivers: tuple[Waiver, ...] = ()
-    used: set[str] = field(default_factory=set)
 
     @property
     def reason(self) -> str | None:

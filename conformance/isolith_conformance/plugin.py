@@ -17,14 +17,11 @@ import pytest
 
 from isolith_conformance import plan as plans
 from isolith_conformance import report as reports
-from isolith_conformance.case import Case, Scope, cases
+from isolith_conformance.case import MARK, Case, Scope, cases
 from isolith_conformance.page import page
 from isolith_conformance.plan import Found, Plan, PlanError
 from isolith_conformance.report_text import inert, reproduce_command, summary_text
 from isolith_conformance.trial import Finding, Inapplicable, Trial
-
-MARK = "isolith_check"
-"""The attribute by which a test function is a check."""
 
 LETTERS = {"NOT-CLAIMED": "n", "WAIVED": "w", "FAIL": "F", "ERROR": "E", "CRASH": "C", "TIMEOUT": "T", "INFRA": "I"}
 """What a case prints on the line of progress."""
@@ -98,6 +95,7 @@ class Conductor:
         self.started, self.clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
         self.records: list[reports.Case] = []
         self.deselected = False
+        self.report: reports.Report | None = None
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:  # Any: xdist's node
@@ -239,14 +237,15 @@ class Conductor:
             one.runner.close()
         if hasattr(session.config, "workerinput"):
             return
-        self.complete = exitstatus in (0, 1) and not session.shouldstop and not session.shouldfail
+        complete = exitstatus in (0, 1) and not session.shouldstop and not session.shouldfail
         self.records += self.useless_waivers()
         if any(record.verdict not in ("PASS", "NOT-CLAIMED", "WAIVED") for record in self.records) and exitstatus == 0:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        self.report = self.report_of(complete)
         if session.config.option.report:
-            self.report().write(Path(session.config.option.report))
+            self.report.write(Path(session.config.option.report))
         if session.config.option.page:
-            Path(session.config.option.page).write_text(page(self.report()), encoding="utf-8")
+            Path(session.config.option.page).write_text(page(self.report), encoding="utf-8")
 
     def useless_waivers(self) -> list[reports.Case]:
         """A failure for every waiver that has expired, or that no case of a full run needed."""
@@ -264,8 +263,8 @@ class Conductor:
                 rows.append(waiver_record(one.name, waiver.id, problem, self.plan))
         return rows
 
-    def report(self) -> reports.Report:
-        """The report of what ran so far."""
+    def report_of(self, complete: bool) -> reports.Report:
+        """The report of what ran."""
         selected = self.plan.selected or self.deselected
         return reports.Report(
             suite=plans.suite(),
@@ -277,7 +276,7 @@ class Conductor:
                 started=self.started.isoformat(timespec="seconds"),
                 seconds=round(time.perf_counter() - self.clock, 3),
                 command=shlex.join(["python", "-m", "isolith_conformance", *sys.argv[1:]]),
-                complete=self.complete,
+                complete=complete,
                 peak_memory_bytes=plans.peak_memory(),
             ),
             environment=plans.environment(self.found),
@@ -288,9 +287,9 @@ class Conductor:
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:  # Any: pytest's own reporter
         """The summary that a person reads."""
-        if self.records:
+        if self.records and self.report is not None:
             terminalreporter.section("conformance")
-            terminalreporter.write_line(summary_text(self.report()))
+            terminalreporter.write_line(summary_text(self.report))
 
 
 def case_of(item: pytest.Item) -> Case | None:

@@ -109,9 +109,7 @@ def holds(operator: AnyOperator, arguments: Values, rows: Rows) -> bool:
     """Whether the reference gives a row the same results by itself as among the others."""
     alone = rows.take([rows.count - 1])
     try:
-        operator.validate(alone)
-        if operator.check_values:
-            operator.check_values(**alone)
+        operator.validate(alone, values=True)
         whole = evaluate(operator, operator.reference, arguments)
         return judge(operator, alone, rows.pick(whole, [rows.count - 1])).passed
     except (IsolithError, IndexError, RuntimeError):

@@ -174,7 +174,6 @@ class Runner:
                 "kernels": {},
                 "native": False,
                 "versions": {},
-                "trouble": trouble.verdict,
             }
 
     def run(

@@ -1,6 +1,10 @@
 """Claims hold from both sides: what is claimed runs, what is not is refused with a reason, and nothing else runs."""
 
-from isolith_conformance.case import arguments_of, check, dtype_name, labels
+from collections.abc import Iterator
+
+from isolith.dtypes import dtype_name
+from isolith_conformance.case import arguments_of, check, labels
+from isolith_conformance.execute import Values
 from isolith_conformance.trial import Finding, Trial
 
 
@@ -19,24 +23,23 @@ def test_a_call_is_claimed_and_runs_or_is_refused_with_a_reason(trial: Trial) ->
 
 @check("claims something", "none")
 def test_a_kernel_takes_some_call(trial: Trial) -> None:
-    case = trial.case
-    operator = case.operator
-    for sample, tags, _ in labels(operator.name, case.seed):
-        if tags & {"device", "slow", "invariants"}:
-            continue
-        for dtype in operator.sample_dtypes:
-            arguments = arguments_of(operator.name, sample, dtype_name(dtype), case.seed)
-            if trial.ask(arguments).status != "refused":
-                return
+    for dtype in trial.case.operator.sample_dtypes:
+        if any(trial.ask(arguments).status != "refused" for arguments in calls(trial, dtype_name(dtype))):
+            return
     trial.fail("refuses every sample of its operator in every dtype", "claims")
 
 
 @check("unclaimed", "none", unclaimed=True)
 def test_an_operator_without_a_kernel_is_refused(trial: Trial) -> None:
-    case = trial.case
-    for sample, tags, _ in labels(case.operator.name, case.seed):
+    response = trial.ask(next(calls(trial, trial.case.dtype)))
+    if response.status != "refused":
+        trial.fail(f"has no kernel, yet: {response.status}: {', '.join(response.executed)}", "claims")
+    raise Finding("NOT-CLAIMED", "no kernel")
+
+
+def calls(trial: Trial, dtype: str) -> Iterator[Values]:
+    """The arguments of the operator's samples that a host can afford, in a dtype."""
+    operator, seed = trial.case.operator.name, trial.case.seed
+    for sample, tags, _ in labels(operator, seed):
         if not tags & {"device", "slow", "invariants"}:
-            response = trial.ask(arguments_of(case.operator.name, sample, case.dtype, case.seed))
-            if response.status != "refused":
-                trial.fail(f"has no kernel, yet: {response.status}: {', '.join(response.executed)}", "claims")
-            raise Finding("NOT-CLAIMED", "no kernel")
+            yield arguments_of(operator, sample, dtype, seed)

@@ -5,16 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from isolith.errors import ArgumentError
 from isolith_conformance import bits, wire
 from isolith_conformance.buffers import Layout, place_all
 from isolith_conformance.case import Case
-from isolith_conformance.execute import Options, Response, Values
-from isolith_conformance.judge import Verdict, judge
+from isolith_conformance.execute import Options, Response, Values, leaves
+from isolith_conformance.judge import Verdict, expect
 from isolith_conformance.runner import Trouble
 
 
@@ -115,6 +113,15 @@ class Trial:
         self.seconds += response.seconds
         return response
 
+    def run_if_claimed(self, arguments: Values | None = None, **options: Any) -> Response | None:  # Any: of `run`
+        """The same, but None where the candidate does not claim this way of calling it."""
+        try:
+            return self.run(arguments, **options)
+        except Finding as finding:
+            if finding.verdict != "NOT-CLAIMED":
+                raise
+            return None
+
     def accept(self, results: list[Tensor], arguments: Values | None = None, when: str = "") -> None:
         """Let the judge look at results; a Finding where they are wrong.
 
@@ -123,21 +130,20 @@ class Trial:
             arguments: The call's; None for the sample's own.
             when: How the call was run, for the sentence.
         """
-        if arguments is None:
-            verdict = self.case.expectation.judge(results, self.profile, "exact" in self.case.tags)
-            if verdict.passed and self.case.operator.selects_by is not None:
-                verdict = self.case.expectation.selection(results)
-        else:
-            verdict = judge(self.case.operator, arguments, results, self.profile)
-        self.conclude(verdict, when)
+        due = self.case.expectation if arguments is None else expect(self.case.operator, arguments)
+        self.conclude(due.verdict_on(results, self.profile), when)
 
     def accept_values(self, results: list[Tensor]) -> None:
         """The same for the sample's own call, without the rule for selections, which is a check of its own."""
         self.result_hash = hashlib.sha256(wire.encode({"results": results})).hexdigest()
-        self.conclude(self.case.expectation.judge(results, self.profile, "exact" in self.case.tags))
+        self.conclude(self.case.expectation.judge(results, self.profile))
+
+    def outputs(self, results: list[Tensor]) -> list[Tensor]:
+        """Results without the mutated arguments behind them."""
+        return results[: len(results) - len(self.case.operator.mutates)]
 
     def equal(self, arguments: Values, results: list[Tensor], others: list[Tensor], when: str) -> None:
-        """Let two results of a call that is not the sample's be the same to the bit."""
+        """Let two results of a call be the same to the bit."""
         difference = bits.differing(self.case.operator, arguments, results, others)
         if difference is not None:
             raise Finding("FAIL", f"{when}: {difference}", "same bits")
@@ -156,17 +162,15 @@ class Trial:
 
     def agree(self, results: list[Tensor], others: list[Tensor], when: str, *, exactly: bool = False) -> None:
         """Let results be those of another run to the bit, or, unless `exactly`, be right by themselves."""
-        difference = bits.differing(self.case.operator, self.case.arguments, results, others)
-        if difference is None:
-            return
         if exactly:
-            raise Finding("FAIL", f"{when}: {difference}", "same bits")
-        self.accept(others, when=when)
+            self.equal(self.case.arguments, results, others, when)
+        elif bits.differing(self.case.operator, self.case.arguments, results, others) is not None:
+            self.accept(others, when=when)
 
     def takes(self, layout: Layout) -> bool:
         """Whether the sample's call is legal in a layout of memory."""
         try:
-            self.case.operator.validate(place_all(self.case.arguments, 0xFF, layout, torch.device("cpu"))[1])
+            self.case.operator.validate(place_all(self.case.arguments, layout=layout)[1])
         except ArgumentError:
             return False
         return True
@@ -175,7 +179,7 @@ class Trial:
         """Let results have the shapes and dtypes that the operator's fake gives them, where there is no gold."""
         given = self.case.arguments
         meta = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in given.items()}
-        due = [leaf for leaf in tree_leaves(self.case.operator.fake(**meta)) if isinstance(leaf, Tensor)]
+        due = leaves(self.case.operator.fake(**meta))
         due += [given[name] for name in self.case.operator.mutates]
         said, wanted = ([(tensor.dtype, tuple(tensor.shape)) for tensor in part] for part in (results, due))
         if said != wanted:

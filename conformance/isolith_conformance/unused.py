@@ -22,9 +22,7 @@ def with_garbage(operator: AnyOperator, arguments: Values) -> tuple[Values, tupl
 
     def has_no_effect(changed: Values) -> bool:
         try:
-            operator.validate(changed)
-            if operator.check_values:
-                operator.check_values(**changed)
+            operator.validate(changed, values=True)
             results = evaluate(operator, operator.reference, changed)
         except (IsolithError, RuntimeError, IndexError):
             return False

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isolith_conformance.buffers import place, span_of
+
 Message = dict[str, Any]  # Any: JSON values and tensors
 
 MAGIC = b"ISOLITH1"
@@ -125,25 +127,16 @@ def checked(row: Any) -> tuple[torch.dtype, list[int], list[int]]:  # Any: whate
             raise WireError(f"a tensor has one size and one stride for each of at most {MOST_AXES} axes")
         if not all(type(size) is int and 0 <= size <= LONGEST_BODY for size in sizes):
             raise WireError(f"sizes and strides lie in 0..{LONGEST_BODY}")
-    if 0 not in shape and span_of(shape, strides) > LARGEST_SPREAD * (math.prod(shape) + 1024):
+    if span_of(shape, strides) > LARGEST_SPREAD * (math.prod(shape) + 1024):
         raise WireError("strides that spread a tensor so far are not accepted")
     return DTYPES[dtype], shape, strides
 
 
-def span_of(shape: list[int], strides: list[int]) -> int:
-    """How many elements of memory a tensor reaches over."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-
-
 def strided(tensor: Tensor, strides: list[int]) -> Tensor:
-    """The tensor with the strides given; along an axis of stride 0 all elements are one."""
+    """The tensor with the strides given."""
     if not tensor.numel() or list(tensor.stride()) == strides:
         return tensor
-    memory = torch.zeros(span_of(list(tensor.shape), strides) * tensor.itemsize, dtype=torch.uint8)
-    placed = memory.view(tensor.dtype).as_strided(tensor.shape, strides)
-    once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)
-    placed[once].copy_(tensor[once])
-    return placed
+    return place(tensor, strides, fill=0)[1]
 
 
 def tensor_of(body: bytearray, start: int, end: int, dtype: torch.dtype, shape: list[int]) -> Tensor:

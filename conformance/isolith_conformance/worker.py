@@ -25,11 +25,8 @@ from isolith.operator import AnyOperator
 from isolith.registry import Registry
 from isolith.select import refusal
 from isolith_conformance import wire
-from isolith_conformance.execute import Declined, Options, Response, Values, run
-from isolith_conformance.layers import LAYERS
-
-UNITS = {**OPERATORS, **LAYERS}
-"""Whatever a sample can be made of: single operators and whole layers."""
+from isolith_conformance.execute import Declined, Function, Options, Response, Values, run
+from isolith_conformance.layers import UNITS
 
 
 class Bench:
@@ -90,23 +87,21 @@ class Bench:
 
     def run(self, request: Values) -> Response:
         """Run one call by the candidate that the request names, or refuse it with the reasons."""
-        unit = UNITS[request["operator"]]
-        candidate = request["kernel"]
+        unit, candidate = UNITS[request["operator"]], request["kernel"]
+        options = Options(**{name: frozen(value) for name, value in request["options"].items()})
         pins = ((unit.name, candidate),) if candidate and unit.name in OPERATORS else ()
         settings = replace(Settings(), backend=self.plugin.name, kernels=pins, fallback="error", debug=True)
-        options = Options(**{name: frozen(value) for name, value in request["options"].items()})
-        if self.how == "interpreter":
-            return self.interpreted(unit, candidate, request["arguments"], options)
         recorder = Recorder(self.registry, settings)
 
-        def claimed(**given: Any) -> Any:  # Any: an operator's own signature
+        def dispatched(**given: Any) -> Any:  # Any: an operator's own signature
             refused = self.refusal(unit, recorder, given, candidate)
             if refused:
                 raise Declined(refused)
             return call(unit, (), given)
 
+        function = self.interpreted(unit, candidate, recorder) if self.how == "interpreter" else dispatched
         with using(recorder):
-            response = run(unit, claimed, request["arguments"], options, self.device, request["earlier"] or None)
+            response = run(unit, function, request["arguments"], options, self.device, request["earlier"] or None)
         executed = sorted(f"{operator} {name}" for operator, name in recorder.calls)
         if response.status == "refused" and candidate and not response.declined:
             return replace(
@@ -115,22 +110,24 @@ class Bench:
         own = {unit.name} if unit.composed_of else set()
         return replace(response, executed=executed, references=[n for n in response.references if n not in own])
 
-    def interpreted(self, unit: AnyOperator, candidate: str, arguments: Values, options: Options) -> Response:
-        """Run a kernel's own function on host tensors, where an interpreter stands for the device."""
+    def interpreted(self, unit: AnyOperator, candidate: str, recorder: Recorder) -> Function:
+        """A kernel's own function on host tensors, where an interpreter stands for the device that it claims."""
         assert self.backend is not None, "a backend that did not load has no kernels to ask for"
         kernels = {f"{self.backend.name}.{k.name}": k for k in self.registry.kernels(self.backend, unit.name)}
-        if candidate not in kernels:
-            return Response(status="refused", message=f"{candidate or unit.name} is no kernel to interpret")
-        try:
-            given = unit.arguments(**arguments)
-            unit.validate(given)
-            why_not = refusal(kernels[candidate], given)
-        except IsolithError:
-            why_not = None
-        if why_not is not None:
-            return Response(status="refused", message=why_not)
-        response = run(unit, kernels[candidate].fn, arguments, options, self.device)
-        return replace(response, executed=[f"{unit.name} {candidate}"])
+
+        def checked(**given: Any) -> Any:  # Any: an operator's own signature
+            if candidate not in kernels:
+                raise Declined(f"{candidate or unit.name} is no kernel to interpret")
+            given = unit.arguments(**given)
+            unit.validate(given, values=True)
+            refused = refusal(kernels[candidate], given)
+            if refused:
+                raise Declined(refused)
+            result = kernels[candidate].fn(**given)
+            recorder.calls[unit.name, candidate] += 1
+            return result
+
+        return checked
 
     def refusal(self, unit: AnyOperator, dispatcher: Dispatcher, arguments: Values, candidate: str) -> str | None:
         """Why the candidate does not take the call; None where it does, or where the call is illegal."""

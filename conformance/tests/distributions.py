@@ -18,6 +18,17 @@ def isolith_backend():
     return backend()
 """
 
+# Right, in code of its own.
+RIGHT_RMS_NORM = """
+@implements(isolith.rms_norm)
+def rms_norm(x, weight, eps=1e-6, round_before_weight=False):
+    wide = x.float()
+    normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    if round_before_weight:
+        normed = normed.to(x.dtype).float()
+    return (normed * weight.float()).to(x.dtype).contiguous()
+"""
+
 
 def build(folder: Path, name: str, source: str, head: str = HEAD, hook: str = HOOK, distribution: str = "") -> Path:
     """Write a plugin `name` with this source; the folder must then be on the path."""

@@ -1,8 +1,11 @@
 """No trick makes a wrong kernel pass: gold and comparison are where the kernel cannot reach."""
 
-import pytest
+import textwrap
 
-from isolith_conformance import suite
+import pytest
+from distributions import RIGHT_RMS_NORM
+from harness import CHECKS
+
 from isolith_conformance.case import Unit, cases
 from isolith_conformance.trial import Finding, Inapplicable, Trial
 
@@ -86,10 +89,6 @@ def rms_norm(x, weight, eps=1e-6, round_before_weight=False):
 """,
 }
 
-CHECKS = {
-    function.isolith_check.name: function for function in vars(suite).values() if hasattr(function, "isolith_check")
-}
-
 
 def verdicts(runner, backend, names):
     """Check -> the first finding that is no pass."""
@@ -111,8 +110,6 @@ SLOW = {"stops_the_clock", "fixes_the_seed", "says_that_all_is_equal", "returns_
 
 @pytest.mark.parametrize("trick", [pytest.param(trick, marks=[pytest.mark.slow] * (trick in SLOW)) for trick in TRICKS])
 def test_a_wrong_kernel_fails_whatever_it_patches(plugin, runner, trick):
-    import textwrap
-
     plugin("tricky", textwrap.dedent(TRICKS[trick]) + KERNELS.get(trick, WRONG))
     found = verdicts(runner("tricky"), "tricky", ("accuracy", "fresh values"))
     assert set(found.values()) & {"FAIL", "ERROR", "CRASH", "INFRA"}
@@ -147,17 +144,34 @@ def test_a_kernel_that_runs_the_operator_again_is_found_out(plugin, runner):
 
 
 def test_a_right_kernel_passes(plugin, runner):
-    plugin(
-        "honest",
-        """
-        @implements(isolith.rms_norm)
-        def rms_norm(x, weight, eps=1e-6, round_before_weight=False):
-            wide = x.float()
-            normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
-            if round_before_weight:
-                normed = normed.to(x.dtype).float()
-            return (normed * weight.float()).to(x.dtype).contiguous()
-        """,
-    )
+    plugin("honest", RIGHT_RMS_NORM)
     names = [name for name, function in CHECKS.items() if not function.isolith_check.unclaimed]
     assert verdicts(runner("honest"), "honest", names) == {}
+
+
+def test_a_right_kernel_passes_where_an_interpreter_stands_for_its_device(plugin, runner):
+    plugin("honest", RIGHT_RMS_NORM)
+    names = [name for name, function in CHECKS.items() if not function.isolith_check.unclaimed]
+    assert verdicts(runner("honest", how="interpreter"), "honest", names) == {}
+
+
+WITHHELD = ("guard zones", "inputs unchanged", "aliasing", "side by side", "nothing left running")
+
+
+def test_a_process_that_sends_less_than_was_asked_for_fails(plugin, runner):
+    plugin(
+        "sparing",
+        """
+        import sys
+        main = sys.modules["__main__"]
+        genuine = main.run
+        def sparing(*args, **kwargs):
+            response = genuine(*args, **kwargs)
+            object.__setattr__(response, "buffers", {})
+            object.__setattr__(response, "late", [])
+            return response
+        main.run = sparing
+        """
+        + textwrap.indent(RIGHT_RMS_NORM, " " * 8),
+    )
+    assert verdicts(runner("sparing"), "sparing", WITHHELD) == dict.fromkeys(WITHHELD, "FAIL")

@@ -190,8 +190,11 @@ class Operator(Generic[P, R]):
             raise ArgumentError(f"{self.name}: {error}; its arguments are {self.signature}.") from None
         raise AssertionError("what by_name refuses does not fit the signature")
 
-    def validate(self, arguments: Mapping[str, Any]) -> None:  # Any: whatever a caller passed
-        """Raise ArgumentError unless types, devices, dtypes, shapes and `check` all agree with the call."""
+    def validate(self, arguments: Mapping[str, Any], *, values: bool = False) -> None:  # Any: whatever a caller passed
+        """Raise ArgumentError unless types, devices, dtypes, shapes and `check` agree with the call; reads metadata.
+
+        With `values`, `check_values` too, which reads values.
+        """
         for name, parameter in self.signature.parameters.items():
             check_type(self.name, name, parameter.annotation, arguments[name])
         tensors = {name: arguments[name] for name in self.tensor_arguments if arguments[name] is not None}
@@ -202,6 +205,8 @@ class Operator(Generic[P, R]):
                 raise ArgumentError(f"{self.name}: {name} must be {takes}; got {dtype_name(tensor.dtype)}.")
         self.parsed_shapes.bind(self.name, arguments)
         self.check(**arguments)
+        if values and self.check_values:
+            self.check_values(**arguments)
 
 
 def in_float64(operator: "AnyOperator", arguments: Mapping[str, Any]) -> dict[str, Any]:  # Any: a call's own values

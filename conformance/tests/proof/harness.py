@@ -56,15 +56,12 @@ def first_problem(function, operator: str, seed: int, dtypes: int = 3) -> str | 
     """What the judge says of a function, of the first sample where it says anything, in so many dtypes."""
     for dtype in OPERATORS[operator].sample_dtypes[:dtypes]:
         for place, (sample, arguments) in enumerate(made(operator, dtype, seed)):
-            given = place_all(arguments, 0xFF, "as_is", torch.device("cpu"))[1]  # copies with the sample's strides
+            given = place_all(arguments)[1]  # copies with the sample's strides
             try:
                 results = function(**given)
             except (RuntimeError, ValueError, IndexError, TypeError) as error:  # a wrong reference may also raise
                 return f"{sample.name} {dtype}: {type(error).__name__}: {error}"
-            due = expectation(operator, dtype, seed, place)
-            verdict = due.judge(results, exact="exact" in sample.tags)
-            if verdict.passed and OPERATORS[operator].selects_by is not None:
-                verdict = due.selection(results)
+            verdict = expectation(operator, dtype, seed, place).verdict_on(results)
             if not verdict.passed:
                 return f"{sample.name} {dtype}: {verdict.problem}"
     return None

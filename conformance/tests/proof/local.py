@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from isolith_conformance.case import UNITS
 from isolith_conformance.execute import Options, Response, Values, run
+from isolith_conformance.layers import UNITS
 
 
 class Local:
@@ -39,9 +39,7 @@ class Local:
         def call(**given):
             if self.validates:
                 given = unit.arguments(**given)
-                unit.validate(given)
-                if unit.check_values:
-                    unit.check_values(**given)
+                unit.validate(given, values=True)
             if self.refuses:
                 from isolith import NoKernelError
 
