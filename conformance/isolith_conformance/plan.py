@@ -173,9 +173,10 @@ def memory_limit() -> int:
 
 def suite() -> Suite:
     """The suite's version, and its commit where it is a checkout."""
-    folder = Path(__file__).parent
+    folder, core = Path(__file__).parent, Path(isolith.__file__).parent
     commit = git(folder, "rev-parse", "HEAD")
-    status = git(folder, "status", "--porcelain") if commit else None
+    # What a run leaves beside them, its own report too, is no change of the suite.
+    status = git(folder, "status", "--porcelain", "--", str(folder), str(core)) if commit else None
     return Suite(version=isolith.__version__, commit=commit, clean=None if status is None else not status)
 
 
