@@ -16,15 +16,7 @@ def named(entries):
     return [pytest.param(entry, id=f"{entry.operator}-{entry.name}") for entry in entries]
 
 
-def sample(entries, count):
-    """So many entries of each operator, spread over its list."""
-    by_operator = {}
-    for entry in entries:
-        by_operator.setdefault(entry.operator, []).append(entry)
-    return [entry for of_one in by_operator.values() for entry in of_one[:: -(-len(of_one) // count)]]
-
-
-@pytest.mark.parametrize("mutant", named(sample(DUE, 1)))
+@pytest.mark.parametrize("mutant", named(harness.sample(DUE, 1)))
 def test_a_mutant_of_the_sample_dies(mutant):
     assert harness.first_problem(mutant.load(), mutant.operator, 1) is not None
 
@@ -35,7 +27,7 @@ def test_every_mutant_dies(mutant):
     assert harness.first_problem(mutant.load(), mutant.operator, 1) is not None
 
 
-@pytest.mark.parametrize("variant", named(sample(RIGHT, 1)))
+@pytest.mark.parametrize("variant", named(harness.sample(RIGHT, 1)))
 def test_a_right_variant_of_the_sample_lives(variant):
     assert harness.first_problem(variant.load(), variant.operator, 1, dtypes=1) is None
 

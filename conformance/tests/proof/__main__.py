@@ -3,6 +3,7 @@
 python conformance/tests/proof kill   [--operator NAME] [--only TEXT] [--seeds N]   what the judge alone says
 python conformance/tests/proof alarm  [--operator NAME] [--only TEXT] [--seeds N]   right variants
 python conformance/tests/proof matrix [--operator NAME] [--only TEXT] [--json FILE] which check kills which mutant
+(--sample N: so many of each operator)
 """
 
 import argparse
@@ -22,10 +23,14 @@ def main() -> None:
     parser.add_argument("--operator")
     parser.add_argument("--only", default="")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--sample", type=int)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     lists = {"kill": ("mutants", "MUTANTS"), "alarm": ("right", "RIGHT"), "matrix": ("mutants", "MUTANTS")}
-    entries = harness.listed(*lists[options.what]) + (FAULTS if options.what == "matrix" else [])
+    entries = harness.listed(*lists[options.what])
+    if options.sample is not None:
+        entries = harness.sample(entries, options.sample)
+    entries += FAULTS if options.what == "matrix" else []
     entries = [e for e in entries if options.operator in (None, e.operator) and options.only in e.name]
     if options.what == "matrix":
         matrix(entries, options.json)

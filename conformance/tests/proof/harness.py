@@ -32,6 +32,14 @@ def listed(folder: str, name: str) -> list:
     return [entry for module in modules for entry in getattr(module, name)]
 
 
+def sample(entries: list, count: int) -> list:
+    """So many entries of each operator, spread over its list."""
+    by_operator: dict[str, list] = {}
+    for entry in entries:
+        by_operator.setdefault(entry.operator, []).append(entry)
+    return [entry for of_one in by_operator.values() for entry in of_one[:: -(-len(of_one) // count)]]
+
+
 @lru_cache(maxsize=4)
 def made(operator: str, dtype: torch.dtype, seed: int) -> list:
     """(sample, arguments) of every sample that a host can afford."""
