@@ -23,9 +23,8 @@ from isolith.dispatch import Dispatcher, Recorder, call, using
 from isolith.errors import IsolithError
 from isolith.operator import AnyOperator
 from isolith.registry import Registry
-from isolith.select import refusal
 from isolith_conformance import wire
-from isolith_conformance.execute import Declined, Function, Options, Response, Values, run
+from isolith_conformance.execute import Declined, Options, Response, Values, run
 from isolith_conformance.layers import UNITS
 
 
@@ -39,11 +38,13 @@ class Bench:
 
     def __init__(self, name: str, how: str) -> None:
         self.plugin = plugins.load(asked_for(name))
+        if how == "interpreter" and self.plugin.backend:
+            self.plugin = replace(self.plugin, backend=on_host(self.plugin.backend))
         self.backend = self.plugin.backend
         self.how = how
         if how == "twin" and self.backend and self.backend.twin:
             importlib.import_module(self.backend.twin)
-        self.device = torch.device("cpu" if how == "interpreter" or not self.backend else self.backend.device_type)
+        self.device = torch.device(self.backend.device_type if self.backend else "cpu")
         self.registry = Registry(operators=OPERATORS, plugins=(self.plugin,))
 
     @property
@@ -53,8 +54,6 @@ class Bench:
             return self.plugin.reason
         if self.how == "twin" and not self.backend.twin:
             return f"{self.backend.name} has no twin"
-        if self.how == "interpreter":
-            return plugins.kernels_of(self.backend)[1]
         return self.registry.why_unavailable(self.backend)
 
     def describe(self) -> Values:
@@ -99,9 +98,8 @@ class Bench:
                 raise Declined(refused)
             return call(unit, (), given)
 
-        function = self.interpreted(unit, candidate, recorder) if self.how == "interpreter" else dispatched
         with using(recorder):
-            response = run(unit, function, request["arguments"], options, self.device, request["earlier"] or None)
+            response = run(unit, dispatched, request["arguments"], options, self.device, request["earlier"] or None)
         executed = sorted(f"{operator} {name}" for operator, name in recorder.calls)
         if response.status == "refused" and candidate and not response.declined:
             return replace(
@@ -109,25 +107,6 @@ class Bench:
             )
         own = {unit.name} if unit.composed_of else set()
         return replace(response, executed=executed, references=[n for n in response.references if n not in own])
-
-    def interpreted(self, unit: AnyOperator, candidate: str, recorder: Recorder) -> Function:
-        """A kernel's own function on host tensors, where an interpreter stands for the device that it claims."""
-        assert self.backend is not None, "a backend that did not load has no kernels to ask for"
-        kernels = {f"{self.backend.name}.{k.name}": k for k in self.registry.kernels(self.backend, unit.name)}
-
-        def checked(**given: Any) -> Any:  # Any: an operator's own signature
-            if candidate not in kernels:
-                raise Declined(f"{candidate or unit.name} is no kernel to interpret")
-            given = unit.arguments(**given)
-            unit.validate(given, values=True)
-            refused = refusal(kernels[candidate], given)
-            if refused:
-                raise Declined(refused)
-            result = kernels[candidate].fn(**given)
-            recorder.calls[unit.name, candidate] += 1
-            return result
-
-        return checked
 
     def refusal(self, unit: AnyOperator, dispatcher: Dispatcher, arguments: Values, candidate: str) -> str | None:
         """Why the candidate does not take the call; None where it does, or where the call is illegal."""
@@ -139,6 +118,11 @@ class Bench:
             return None
         chosen = explanation.chosen
         return None if chosen is not None and chosen.name == candidate else explanation.reasons.strip()
+
+
+def on_host(backend: Backend) -> Backend:
+    """The backend as an interpreter runs it: available, on tensors of the host."""
+    return replace(backend, device_type="cpu", why_unavailable=lambda: None)
 
 
 def waivers_beside(target: str) -> str:

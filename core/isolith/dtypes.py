@@ -4,6 +4,8 @@ import torch
 
 FLOAT = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """Activations and unquantised weights; float64 is what gold is computed in."""
+DEVICE_FLOAT = (torch.bfloat16, torch.float16, torch.float32)
+"""Floats that backends compute with; float64 is left to the reference."""
 WIDE = (torch.float32, torch.float64)
 """Values that are held in float32 on a device (float64 for gold)."""
 INTEGER = (torch.int32, torch.int64)

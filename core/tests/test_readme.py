@@ -18,7 +18,7 @@ def settings_table():
 
 
 def support_table():
-    assert [plugin.name for plugin in dispatcher().registry.plugins if plugin.distribution == "isolith"] == ["cpu"]
+    assert [plugin.name for plugin in dispatcher().registry.plugins if plugin.distribution == "isolith"] == ["cpu", "cuda"]
     return COMMANDS["table"].text(COMMANDS["table"].answer(None))
 
 

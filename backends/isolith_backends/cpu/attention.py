@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from isolith import Requires, WhyNot, implements, ops
-from isolith.dtypes import FLOAT_NAMES
+from isolith.dtypes import DEVICE_FLOAT, FLOAT_NAMES
 from isolith.numerics.lists import slots_of_columns
 from isolith.numerics.pages import FORMATS, entry_dim, format_of
 from isolith.numerics.ragged import sequence_of_tokens
@@ -24,8 +24,7 @@ PAGE = 4 << 20  # bytes of float32 keys that a block may hold
 TOKENS = 16  # that share one reading of the keys
 RANKED = 4096  # scores from which on a partial selection beats sorting them all
 
-FAST = (torch.float32, torch.bfloat16, torch.float16)
-INDEXED = (*FAST, torch.float8_e4m3fn, torch.uint8)
+INDEXED = (*DEVICE_FLOAT, torch.float8_e4m3fn, torch.uint8)
 
 
 def sequences_of(cu_seqlens: Tensor, start_pos: Tensor) -> Iterator[tuple[int, slice, int]]:
@@ -98,7 +97,7 @@ def listed_pools_refused(
     return pools_refused(q, kv_cache, extra_kv_cache)
 
 
-@implements(ops.attention.sparse_attn, requires=Requires(dtypes=FAST), why_not=listed_pools_refused)
+@implements(ops.attention.sparse_attn, requires=Requires(dtypes=DEVICE_FLOAT), why_not=listed_pools_refused)
 def sparse_attn(
     q: Tensor,
     kv_cache: Tensor,
@@ -186,7 +185,7 @@ def selection_refused(scores: Tensor, k: int, candidates: Tensor | None, **_: ob
     return None
 
 
-@implements(ops.attention.indexer_topk, requires=Requires(dtypes=FAST), why_not=selection_refused)
+@implements(ops.attention.indexer_topk, requires=Requires(dtypes=DEVICE_FLOAT), why_not=selection_refused)
 def indexer_topk(
     scores: Tensor, lengths: Tensor, k: int, candidates: Tensor | None = None, candidate_block: int = 1
 ) -> tuple[Tensor, Tensor]:

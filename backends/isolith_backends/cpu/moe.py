@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from isolith import Requires, WhyNot, implements, ops
-from isolith.dtypes import FLOAT_NAMES
+from isolith.dtypes import DEVICE_FLOAT, FLOAT_NAMES
 from isolith.numerics.codes import decode, spread_scale
 from isolith.numerics.scaled_matmul import blocks_of, dequantise_activation, inner_of, resolve_act_quant
 from isolith.ops.moe.grouped_gemm import segments
 from isolith.ops.moe.moe_permute import row_count
 
 PIECE = 2 << 20  # bytes of a dequantised weight at a time: what a second-level cache about holds
-FAST = (torch.float32, torch.bfloat16, torch.float16)
 CODES = (torch.float8_e4m3fn, torch.int8)
 
 Segments = list[tuple[int, slice]]
@@ -144,7 +143,7 @@ def why_not_grouped_gemm(out_dtype: str, **_: object) -> WhyNot:
 
 @implements(
     ops.moe.grouped_gemm,
-    requires=Requires(dtypes={"x": (*FAST, *CODES), "weight": (*FAST, *CODES, torch.uint8)}),
+    requires=Requires(dtypes={"x": (*DEVICE_FLOAT, *CODES), "weight": (*DEVICE_FLOAT, *CODES, torch.uint8)}),
     why_not=why_not_grouped_gemm,
 )
 def grouped_gemm(
@@ -179,7 +178,7 @@ def why_not_fused_moe(
     return None
 
 
-@implements(ops.moe.fused_moe, requires=Requires(dtypes=FAST), why_not=why_not_fused_moe)
+@implements(ops.moe.fused_moe, requires=Requires(dtypes=DEVICE_FLOAT), why_not=why_not_fused_moe)
 def fused_moe(
     x: Tensor,
     topk_idx: Tensor,
