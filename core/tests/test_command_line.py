@@ -133,3 +133,32 @@ def test_published_costs_are_reproduced_at_one_million_tokens(capsys, model, byt
     assert base["cache_bytes_per_token"] == 48068
     assert round(100 * ours["cache_bytes"] / base["cache_bytes"], 1) == cache_share
     assert round(100 * ours["fp8_equivalent_flops"] / base["fp8_equivalent_flops"], 1) == flop_share
+
+
+def cells_after(capsys, tmp_path, *verdicts):
+    """The cell of cpu's rms_norm, given what a report says of it."""
+    case = {"backend": "cpu", "operator": "rms_norm", "how": "hardware"}
+    report = tmp_path / "report.json"
+    report.write_text(json.dumps({"cases": [{**case, "verdict": verdict} for verdict in verdicts]}))
+    return answer(capsys, "table", str(report))["operators"]["rms_norm"]["cpu"]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "cell"),
+    [
+        ((), "reference, declared"),
+        (("PASS", "NOT-CLAIMED"), "reference, hardware"),
+        (("NOT-CLAIMED",), "reference, declared"),
+        (("PASS", "FAIL", "WAIVED"), "reference, 2 of 3 failed (hardware)"),
+    ],
+)
+def test_the_table_says_what_reports_show(capsys, tmp_path, verdicts, cell):
+    assert cells_after(capsys, tmp_path, *verdicts) == cell
+
+
+def test_a_file_that_is_no_report_is_refused(capsys, tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text("<html>")
+    code, _, err = run(capsys, "table", str(path))
+    assert code != 0
+    assert f"{path} is no conformance report: " in err
