@@ -19,7 +19,8 @@ def settings_table():
 
 
 def support_table():
-    assert [plugin.name for plugin in dispatcher().registry.plugins if plugin.distribution == "isolith"] == ["cpu", "cuda"]
+    ours = [plugin.name for plugin in dispatcher().registry.plugins if plugin.distribution == "isolith"]
+    assert ours == ["cpu", "cuda"]
     reports = sorted((README.parent / "conformance" / "reports").glob("*.json"))
     return COMMANDS["table"].text(COMMANDS["table"].answer(argparse.Namespace(reports=reports)))
 

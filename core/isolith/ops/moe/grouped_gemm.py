@@ -253,6 +253,13 @@ def quantised_samples(make: Make) -> Iterator[Sample]:
                 scaled["x_scale"] = make.uniform(*scaled["x_scale"].shape, low=0.1, dtype=torch.float32)
             yield Sample(f"{kind}_group_{group}", **scaled, **given, act_group=group, out_dtype=out)
         yield Sample(f"{kind}_weight_only", x=make.normal(9, k), **given, out_dtype=out)
+    # As engines lay it out for tensor cores: whole blocks, segments at multiples of 128 rows.
+    aligned = {"expert_counts": make.tensor([129, 0, 128, 1], torch.int32), "alignment": 128, "out_dtype": out}
+    for kind in ("e4m3", "e4m3_float32"):
+        given = {**quantised_weight(make, kind, 256, 384, 4), **quantised_activations(make, "e4m3", 512, 384)}
+        yield Sample(f"{kind}_aligned", **given, **aligned)
+    given = {"x": make.normal(512, 256), "weight": make.normal(4, 128, 256, std=0.1)}
+    yield Sample("float_aligned", **given, **aligned)
     given = {**quantised_weight(make, "int8", 33, 1100, 3), "expert_counts": counts, "out_dtype": out}
     yield Sample("int8", **quantised_activations(make, "int8", 7, 1100), **given)
     yield Sample("int8_weight_only", x=make.normal(7, 1100), **given)

@@ -1,0 +1,188 @@
+"""Libraries that are not here, by their real signatures: on the host, in float32, and as strict as they are.
+
+What a library leaves undefined is NaN here.
+"""
+
+from types import ModuleType
+
+import torch
+
+from isolith.numerics.pages import read_entries
+from isolith.numerics.scaled_matmul import dequantise_activation, dequantise_weight
+
+
+def attention(q, pools, scale, sink):
+    """(out, lse) of q [tokens, heads, dim] over (entries [tokens, columns, dim], valid [tokens, columns]) pairs."""
+    kv, valid = (torch.cat(parts, dim=1) for parts in zip(*pools, strict=True))
+    logits = torch.einsum("thc,tnc->thn", q.float(), kv) * scale
+    logits = logits.masked_fill(~valid[:, None], -torch.inf)
+    lse = logits.logsumexp(-1)
+    share = torch.ones_like(lse) if sink is None else 1 / (1 + (sink - lse).exp())
+    out = torch.einsum("thn,tnc->thc", (logits - lse[..., None]).exp(), kv[..., :512]) * share[..., None]
+    some = valid.any(-1)[:, None]
+    return torch.where(some[..., None], out, 0.0).bfloat16(), torch.where(some, lse, torch.inf)
+
+
+def listed(cache, indices, length, unit):
+    """(entries, valid) of the leftmost columns of [batch, 1, columns] indices."""
+    assert indices.dtype == torch.int32
+    assert indices.is_contiguous()
+    assert indices.shape[1] == 1
+    assert indices.shape[2] > 0
+    assert indices.shape[2] % unit == 0
+    indices = indices[:, 0]
+    valid = indices >= 0
+    if length is not None:
+        assert length.dtype == torch.int32
+        valid &= torch.arange(indices.shape[1]) < length[:, None]
+    assert int(indices.amax()) < cache.shape[0] * cache.shape[1]
+    return read_entries(cache, torch.where(valid, indices, -1).long(), torch.float32), valid
+
+
+def flash_mla():
+    """FlashMLA 9241ae3, flash_mla/flash_mla_interface.py."""
+
+    class FlashMLASchedMeta:
+        filled = False
+
+    def get_mla_metadata(*args, **kwargs):
+        return FlashMLASchedMeta(), None
+
+    def flash_mla_with_kvcache(
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        head_dim_v,
+        tile_scheduler_metadata,
+        num_splits=None,
+        softmax_scale=None,
+        causal=False,
+        is_fp8_kvcache=False,
+        indices=None,
+        attn_sink=None,
+        extra_k_cache=None,
+        extra_indices_in_kvcache=None,
+        topk_length=None,
+        extra_topk_length=None,
+    ):
+        assert isinstance(tile_scheduler_metadata, FlashMLASchedMeta)
+        assert not tile_scheduler_metadata.filled
+        assert num_splits is None
+        assert is_fp8_kvcache
+        assert not causal
+        assert head_dim_v == 512
+        assert q.dtype == torch.bfloat16
+        assert q.shape[1:3] in ((1, 64), (1, 128))
+        assert attn_sink is None or attn_sink.dtype == torch.float32
+        pools = []
+        for cache, columns, length in (
+            (k_cache, indices, topk_length),
+            (extra_k_cache, extra_indices_in_kvcache, extra_topk_length),
+        ):
+            if cache is not None:
+                assert cache.dtype == torch.uint8
+                assert cache.shape[2:] in ((1, 584), (1, 656))
+                assert cache.stride(1) == cache.shape[3]
+                pools.append(listed(cache[:, :, 0], columns, length, 64))
+        tile_scheduler_metadata.filled = True
+        out, lse = attention(q[:, 0], pools, softmax_scale, attn_sink)
+        return out[:, None], lse[..., None]
+
+    def flash_mla_sparse_fwd(q, kv, indices, sm_scale, d_v=512, attn_sink=None, topk_length=None):
+        assert q.dtype == kv.dtype == torch.bfloat16
+        assert q.shape[1] in (64, 128)
+        assert kv.shape[1] == 1
+        assert kv.is_contiguous()
+        assert d_v == 512
+        pool = listed(kv, indices, topk_length, 128)
+        # As documented, a NaN behind a length would show; the lists must not lead to one.
+        out, lse = attention(q, [pool], sm_scale, attn_sink)
+        return out, torch.full_like(lse, torch.nan), lse
+
+    return module("flash_mla", get_mla_metadata, flash_mla_with_kvcache, flash_mla_sparse_fwd)
+
+
+def deep_gemm():
+    """DeepGEMM 54e2261, csrc/apis/gemm.hpp and csrc/apis/attention.hpp, as on sm_90."""
+
+    def grouped(x, weight, d, grouped_layout):
+        assert grouped_layout.dtype == torch.int32
+        assert grouped_layout.shape == (d.shape[0],)
+        assert d.dtype == torch.bfloat16
+        d.fill_(torch.nan)
+        for expert in grouped_layout.unique().tolist():
+            rows = (grouped_layout == expert).nonzero()[:, 0]
+            if expert >= 0:
+                assert int(rows[0]) % 128 == 0
+                d[rows] = (x[rows] @ weight[expert].T).bfloat16()
+
+    def m_grouped_bf16_gemm_nt_contiguous(a, b, d, grouped_layout, compiled_dims="nk", use_psum_layout=False):
+        assert a.dtype == b.dtype == torch.bfloat16
+        grouped(a.float(), b.float(), d, grouped_layout)
+
+    def m_grouped_fp8_fp4_gemm_nt_contiguous(
+        a, b, d, grouped_layout, recipe=None, recipe_a=None, recipe_b=None, compiled_dims="nk"
+    ):
+        assert a[1].dtype == b[1].dtype == torch.float32
+        assert a[0].shape[1] % 128 == b[0].shape[1] % 128 == 0
+        x = dequantise_activation(a[0], a[1], 128, torch.float32)
+        weight = torch.stack([dequantise_weight(w, s, 128, 128, torch.float32) for w, s in zip(*b, strict=True)])
+        grouped(x, weight, d, grouped_layout)
+
+    def get_num_sms():
+        return 132
+
+    def get_paged_mqa_logits_metadata(context_lens, block_kv, num_sms, indices=None):
+        assert context_lens.dtype == torch.int32
+        assert context_lens.dim() == 2
+        assert context_lens.is_contiguous()
+        assert int(context_lens.min()) > 0
+        assert block_kv == 64
+        return torch.zeros(num_sms + 1, 2, dtype=torch.int32)
+
+    def fp8_fp4_paged_mqa_logits(
+        q,
+        kv_cache,
+        weights,
+        context_lens,
+        block_table,
+        schedule_meta,
+        max_context_len,
+        clean_logits=False,
+        logits_dtype=torch.float32,
+        indices=None,
+    ):
+        (values, scale), tokens = q, q[0].shape[0]
+        assert scale is None
+        assert values.dtype == torch.float8_e4m3fn
+        assert values.shape[1] == 1
+        assert weights.dtype == torch.float32
+        assert kv_cache.shape[1:] == (64, 1, 132)
+        assert block_table.dtype == torch.int32
+        assert schedule_meta.shape == (133, 2)
+        entry = torch.arange(max_context_len)
+        block = block_table[:, entry // 64].long()
+        assert ((block >= 0) & (block < kv_cache.shape[0])).all()
+        inside = entry < context_lens
+        keys = read_entries(kv_cache[:, :, 0], torch.where(inside, block * 64 + entry % 64, -1), torch.float32)
+        dots = torch.einsum("thc,tsc->ths", values[:, 0].float(), keys).relu()
+        scores = torch.full((tokens, max_context_len + 64), torch.nan)[:, :max_context_len]  # not contiguous
+        return torch.where(inside, torch.einsum("ths,th->ts", dots, weights), scores)
+
+    return module(
+        "deep_gemm",
+        m_grouped_bf16_gemm_nt_contiguous,
+        m_grouped_fp8_fp4_gemm_nt_contiguous,
+        get_num_sms,
+        get_paged_mqa_logits_metadata,
+        fp8_fp4_paged_mqa_logits,
+    )
+
+
+def module(name, *functions):
+    """A module of functions."""
+    made = ModuleType(name)
+    for function in functions:
+        setattr(made, function.__name__, function)
+    return made

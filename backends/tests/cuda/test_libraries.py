@@ -1,0 +1,104 @@
+"""The adapters of libraries that are not here, against stand-ins with their real signatures, judged as kernels are."""
+
+import sys
+from types import ModuleType
+
+import pytest
+import stand_ins
+import torch
+
+from isolith import Make
+from isolith.select import refusal
+from isolith_backends.cuda import libraries
+from isolith_backends.cuda.libraries import deep_gemm, flash_mla, grouped_mm
+from isolith_conformance.buffers import place_all
+from isolith_conformance.judge import expect
+
+KERNELS = [
+    flash_mla.sparse_attn_flash_mla,
+    flash_mla.sparse_attn_flash_mla_prefill,
+    deep_gemm.grouped_gemm_deep_gemm,
+    deep_gemm.indexer_score_deep_gemm,
+    grouped_mm.grouped_gemm_torch,
+]
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch):
+    """The stand-ins, found as installed libraries are."""
+    libraries.attempt.cache_clear()
+    monkeypatch.setitem(sys.modules, "flash_mla", stand_ins.flash_mla())
+    monkeypatch.setitem(sys.modules, "deep_gemm", stand_ins.deep_gemm())
+    yield
+    libraries.attempt.cache_clear()
+
+
+def taken(kernel):
+    """(sample, arguments) of every sample that a kernel takes."""
+    operator = kernel.operator
+    for sample in operator.samples(Make(torch.bfloat16, seed="libraries")):
+        if not sample.tags & {"device", "slow", "invariants"}:
+            arguments = operator.arguments(**sample.arguments)
+            if refusal(kernel, arguments) is None:
+                yield sample, arguments
+
+
+def problem_of(kernel, sample, arguments):
+    """What the judge says of a kernel's results."""
+    results = kernel.fn(**place_all(arguments)[1])
+    due = expect(kernel.operator, arguments, "exact" in sample.tags)
+    return due.verdict_on(list(results) if isinstance(results, tuple) else [results]).problem
+
+
+def elements(call):
+    """How large a call's tensors are."""
+    return sum(value.numel() for value in call[1].values() if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_an_adapter_is_right_on_the_smallest_sample_that_it_takes(kernel):
+    assert problem_of(kernel, *min(taken(kernel), key=elements)) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+def test_an_adapter_is_right_on_every_sample_that_it_takes(kernel):
+    assert {sample.name: said for sample, given in taken(kernel) if (said := problem_of(kernel, sample, given))} == {}
+
+
+@pytest.mark.parametrize("kernel", KERNELS[:4], ids=lambda kernel: kernel.name)
+def test_an_adapter_refuses_where_its_library_is_not_installed(monkeypatch, kernel):
+    _, arguments = next(taken(kernel))
+    libraries.attempt.cache_clear()
+    monkeypatch.setitem(sys.modules, "flash_mla", None)
+    monkeypatch.setitem(sys.modules, "deep_gemm", None)
+    assert refusal(kernel, arguments).endswith(" is not installed")
+
+
+def test_an_older_call_of_the_same_name_is_refused(monkeypatch):
+    def flash_mla_with_kvcache(q, k_cache, block_table, cache_seqlens, head_dim_v, indices=None, attn_sink=None):
+        raise AssertionError("it must not be called")
+
+    _, arguments = next(taken(flash_mla.sparse_attn_flash_mla))
+    libraries.attempt.cache_clear()
+    monkeypatch.setitem(sys.modules, "flash_mla", stand_ins.module("flash_mla", flash_mla_with_kvcache))
+    said = refusal(flash_mla.sparse_attn_flash_mla, arguments)
+    assert said == "flash_mla.flash_mla_with_kvcache does not take extra_k_cache, topk_length"
+
+
+def test_a_library_that_fails_to_load_is_a_reason(monkeypatch, tmp_path):
+    (tmp_path / "broken_library.py").write_text("raise AssertionError('CUDA_HOME is not set')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert libraries.lacks("broken_library", "run") == (
+        "importing broken_library failed: AssertionError: CUDA_HOME is not set"
+    )
+
+
+def test_a_library_without_the_function_is_a_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "empty_library", ModuleType("empty_library"))
+    assert libraries.lacks("empty_library", "run") == "empty_library has no run"
+
+
+def test_a_row_belongs_to_the_expert_whose_segment_it_lies_in():
+    found = deep_gemm.expert_of_rows(torch.tensor([3, 0, 4]), 12, 4)
+    assert found.tolist() == [0, 0, 0, -1, 2, 2, 2, 2, -1, -1, -1, -1]
