@@ -130,6 +130,13 @@ def deep_gemm():
         weight = torch.stack([dequantise_weight(w, s, 128, 128, torch.float32) for w, s in zip(*b, strict=True)])
         grouped(x, weight, d, grouped_layout)
 
+    def fp8_fp4_gemm_nt(a, b, d, c=None, recipe=None, recipe_a=None, recipe_b=None, compiled_dims="nk"):
+        assert a[1].dtype == b[1].dtype == torch.float32
+        assert a[0].dim() == b[0].dim() == 2
+        assert c is None
+        x = dequantise_activation(a[0], a[1], 128, torch.float32)
+        d.copy_(x @ dequantise_weight(b[0], b[1], 128, 128, torch.float32).T)
+
     def get_num_sms():
         return 132
 
@@ -174,6 +181,7 @@ def deep_gemm():
         "deep_gemm",
         m_grouped_bf16_gemm_nt_contiguous,
         m_grouped_fp8_fp4_gemm_nt_contiguous,
+        fp8_fp4_gemm_nt,
         get_num_sms,
         get_paged_mqa_logits_metadata,
         fp8_fp4_paged_mqa_logits,

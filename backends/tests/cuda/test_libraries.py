@@ -18,6 +18,7 @@ KERNELS = [
     flash_mla.sparse_attn_flash_mla,
     flash_mla.sparse_attn_flash_mla_prefill,
     deep_gemm.grouped_gemm_deep_gemm,
+    deep_gemm.quant_linear_deep_gemm,
     deep_gemm.indexer_score_deep_gemm,
     grouped_mm.grouped_gemm_torch,
 ]
@@ -66,7 +67,7 @@ def test_an_adapter_is_right_on_every_sample_that_it_takes(kernel):
     assert {sample.name: said for sample, given in taken(kernel) if (said := problem_of(kernel, sample, given))} == {}
 
 
-@pytest.mark.parametrize("kernel", KERNELS[:4], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", KERNELS[:5], ids=lambda kernel: kernel.name)
 def test_an_adapter_refuses_where_its_library_is_not_installed(monkeypatch, kernel):
     _, arguments = next(taken(kernel))
     libraries.attempt.cache_clear()

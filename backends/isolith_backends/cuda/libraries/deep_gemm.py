@@ -1,9 +1,10 @@
-"""Grouped products and indexer scores by DeepGEMM, on sm_90.
+"""Products, grouped products and indexer scores by DeepGEMM, on sm_90.
 
 Facts (DeepGEMM 54e2261, README, csrc/apis/gemm.hpp, tests/test_attention.py):
 `m_grouped_fp8_fp4_gemm_nt_contiguous((x, x_scale), (weight, weight_scale), out, layout)` and its bfloat16 form take the
 expert of every row, -1 for a row of none, each expert's rows starting at a multiple of 128; sm_90 has e4m3 with float32
-scales of 1 x 128 and 128 x 128 alone. `fp8_fp4_paged_mqa_logits` takes pages of 132 bytes an entry in blocks of 64,
+scales of 1 x 128 and 128 x 128 alone. `fp8_fp4_gemm_nt((x, x_scale), (weight, weight_scale), out)` is the same for one
+weight. `fp8_fp4_paged_mqa_logits` takes pages of 132 bytes an entry in blocks of 64,
 queries in e4m3 whose scales the caller folds into the weights, and a plan made for the lengths by
 `get_paged_mqa_logits_metadata`, which reads out of bounds when all lengths are 0; columns behind a length are garbage.
 """
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from isolith import Requires, WhyNot, implements, ops
-from isolith.dtypes import FLOAT_NAMES
+from isolith.dtypes import DEVICE_FLOAT, FLOAT_NAMES
 from isolith.numerics.ragged import positions_of_tokens
+from isolith.numerics.scaled_matmul import resolve_act_quant
 from isolith_backends.cuda.libraries import lacks, library
 
 BLOCK = 128
@@ -91,6 +93,59 @@ def grouped_gemm_deep_gemm(
         scales = x_scale.float().contiguous(), weight_scale.float().contiguous()
         deep_gemm.m_grouped_fp8_fp4_gemm_nt_contiguous((x, scales[0]), (weight, scales[1]), out, layout)
     return out
+
+
+def quant_linear_refused(
+    x: Tensor,
+    weight: Tensor,
+    act_quant: str,
+    act_group: int,
+    block_n: int,
+    block_k: int,
+    out_dtype: str,
+    **_: object,
+) -> WhyNot:
+    missing = lacks("deep_gemm", "fp8_fp4_gemm_nt", "a", "b", "d")
+    if missing:
+        return missing
+    if x.dtype != E4M3 and resolve_act_quant(act_quant, weight) != "fp8":
+        return f"act_quant={act_quant}; takes activations in e4m3, or quantises them so"
+    if (act_group, block_n, block_k) != (BLOCK, BLOCK, BLOCK):
+        return f"scales for {act_group}, {block_n} x {block_k}; takes 128, 128 x 128"
+    if weight.shape[0] % BLOCK or weight.shape[1] % BLOCK or not weight.numel():
+        return f"weight is {tuple(weight.shape)}; takes multiples of {BLOCK}"
+    if out_dtype not in ("bfloat16", "float32"):
+        return f"out_dtype={out_dtype}; takes bfloat16, float32"
+    if not x.numel() or not x.is_contiguous() or not weight.is_contiguous():
+        return "x is empty, or x or weight is not contiguous"
+    return None
+
+
+@implements(
+    ops.quant.quant_linear,
+    requires=Requires(dtypes={"x": (E4M3, *DEVICE_FLOAT), "weight": (E4M3,)}, arch=ARCH),
+    why_not=quant_linear_refused,
+)
+def quant_linear_deep_gemm(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor | None = None,
+    x_scale: Tensor | None = None,
+    act_quant: str = "auto",
+    act_group: int = 128,
+    scale_format: str = "ue8m0",
+    block_n: int = 128,
+    block_k: int = 128,
+    out_dtype: str = "bfloat16",
+) -> Tensor:
+    if x_scale is None:
+        x, x_scale = ops.quant.act_quant_fp8(x, act_group, scale_format)
+    assert weight_scale is not None, "e4m3 weights have scales"
+    rows = x.flatten(0, -2)
+    out = x.new_empty((rows.shape[0], weight.shape[0]), dtype=FLOAT_NAMES[out_dtype])
+    scales = x_scale.flatten(0, -2).float().contiguous(), weight_scale.float().contiguous()
+    library("deep_gemm").fp8_fp4_gemm_nt((rows, scales[0]), (weight, scales[1]), out)
+    return out.view(*x.shape[:-1], -1)
 
 
 def indexer_score_refused(q: Tensor, k_cache: Tensor, max_entries: int, **_: object) -> WhyNot:
