@@ -105,10 +105,11 @@ def killers(entry) -> list[str]:
 
 
 def fails(function, unit: Unit, entry) -> bool:
-    """Whether a check fails on one of its cases."""
-    runner = runner_of(entry)
-    for case in cases(function.isolith_check, unit, "full", SEED):
-        if case.tags & {"model", "slow"}:
+    """Whether a check fails on one of its cases; those of models are left to the checks that take every sample."""
+    runner, check = runner_of(entry), function.isolith_check
+    left_out = {"slow"} if check.samples == "every" else {"slow", "model"}
+    for case in cases(check, unit, "full", SEED):
+        if case.tags & left_out:
             continue
         try:
             function(Trial(case=case, runner=runner))
