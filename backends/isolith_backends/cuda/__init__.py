@@ -41,13 +41,15 @@ def versions() -> Mapping[str, str]:
 @hookimpl
 def isolith_backend() -> Backend:
     """Describe the backend."""
-    families = ("norm",)
+    # Libraries come before the kernels that they are faster than.
+    libraries = ("libraries.flash_mla", "libraries.deep_gemm", "libraries.grouped_mm")
+    families = ("norm", "moe", "quant", "rotary", "residual", "attention")
     return Backend(
         name="cuda",
         device_type="cuda",
         api_version=1,
         why_unavailable=why_unavailable,
-        kernels=tuple(f"{__name__}.{family}" for family in families),
+        kernels=tuple(f"{__name__}.{module}" for module in (*libraries, *families)),
         arch=arch,
         versions=versions,
     )

@@ -78,7 +78,8 @@ def calls(operator: AnyOperator) -> Iterator[tuple[str, Arguments]]:
         for number, made in enumerate(MODELS[name].calls(CONTEXT)):
             if made.operator is operator:
                 yield f"{name} {number}", operator.arguments(**made.arguments)
-    for sample in operator.samples(Make(torch.bfloat16, seed="build")):
+    dtype = torch.bfloat16 if torch.bfloat16 in operator.sample_dtypes else operator.sample_dtypes[0]
+    for sample in operator.samples(Make(dtype, seed="build")):
         if "model" in sample.tags:
             yield sample.name, on_meta(operator.arguments(**sample.arguments))
 

@@ -35,12 +35,14 @@ def repair() -> None:
     builder = interpreter.InterpreterBuilder
     parts = ("binary_op", "unary_op", "create_dot")
     missing = [name for name in parts if not hasattr(builder, name)]
-    if missing or not hasattr(interpreter, "_convert_float"):
-        raise RuntimeError(f"this Triton's interpreter has no {', '.join(missing) or '_convert_float'} to repair")
+    missing += [name for name in ("_convert_float", "_patch_lang") if not hasattr(interpreter, name)]
+    if missing:
+        raise RuntimeError(f"this Triton's interpreter has no {', '.join(missing)} to repair")
     interpreter._convert_float = convert
     builder.binary_op = guarded(builder.binary_op)
     builder.unary_op = guarded(builder.unary_op)
     builder.create_dot = widened(builder.create_dot)
+    interpreter._patch_lang = once_a_launch(interpreter._patch_lang)
 
 
 def convert(data: Array, source: tl.dtype, target: tl.dtype, _: object) -> Array:
@@ -75,5 +77,28 @@ def widened(dot: Method) -> Method:
 
     def run(self: object, a: Handle, b: Handle, *rest: Any) -> Any:  # Any: the interpreter's own values
         return dot(self, wide(a), wide(b), *rest)
+
+    return run
+
+
+def once_a_launch(patch: Method) -> Method:
+    """Put the interpreter's functions into a module once, not at every call of a device function: that takes 0.6 ms."""
+    done: set[int] = set()
+
+    def run(fn: Any) -> Any:  # Any: the interpreter's own values
+        module = id(fn.__globals__)
+        if module in done:
+            return None
+        outermost, scope = not done, patch(fn)
+        done.add(module)
+        if outermost:
+            restore = scope.restore
+
+            def end() -> None:
+                done.clear()
+                restore()
+
+            scope.restore = end
+        return scope
 
     return run

@@ -1,0 +1,54 @@
+"""Kernels are compiled as for a GPU, in a process of their own: here they are made for the interpreter."""
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+
+from isolith import OPERATORS
+from isolith.plugins import kernels_of
+from isolith_backends import cuda
+
+KERNELS = kernels_of(cuda.isolith_backend())[0]
+OURS = sorted(
+    name for name in KERNELS if any(".libraries." not in kernel.fn.__module__ for kernel in KERNELS.get(name, ()))
+)
+"""Operators that a kernel of ours computes."""
+
+
+@cache
+def built(operator):
+    """The rows of the build's report."""
+    with TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        command = [sys.executable, "-m", "isolith_backends.cuda.build", "--operator", operator, "--report", str(report)]
+        environment = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": folder, "PATH": "/usr/bin:/bin"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert report.is_file(), done.stderr
+        return json.loads(report.read_text())["kernels"]
+
+
+SAMPLE = ("rms_norm", "act_quant_fp8", "swiglu")
+"""Operators whose kernels CI compiles; the slow sweep compiles all."""
+
+
+def operators():
+    return [pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow) for name in OURS]
+
+
+@pytest.mark.parametrize("operator", operators())
+def test_every_kernel_compiles_and_fits_without_spills(operator):
+    assert [row for row in built(operator) if row["problem"] or row["spills"]] == []
+
+
+@pytest.mark.parametrize("operator", operators())
+def test_every_kernel_is_compiled_for_every_architecture(operator):
+    assert {row["arch"] for row in built(operator)} == {80, 90, 100}
+
+
+def test_every_operator_has_a_kernel():
+    assert sorted(KERNELS) == sorted(OPERATORS)
