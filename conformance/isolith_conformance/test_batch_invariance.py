@@ -25,7 +25,7 @@ def test_rows_do_not_depend_on_their_batch(trial: Trial) -> None:
             continue
         looked, others = True, response.results
         if trial.case.unit.batch_invariant:
-            trial.agree(rows.pick(results, chosen), others, words, exactly=True)
+            trial.equal(arguments, rows.pick(results, chosen), others, words)
         trial.accept(others, arguments, words)
     if not looked:
         raise Inapplicable("no other batch of the rows is claimed")

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import harness
 import pytest
-from faults import FAULTS
+from faults import FAULTS, Fault
+
+from isolith import OPERATORS
 
 MUTANTS = harness.listed("mutants", "MUTANTS")
 RIGHT = harness.listed("right", "RIGHT")
@@ -50,6 +52,14 @@ def test_a_fault_is_seen_by_no_other_check(fault):
     assert harness.killers(fault) == [fault.check]
 
 
+def test_a_claim_of_batch_invariance_is_checked_where_parts_of_results_are_undefined():
+    def make():
+        return OPERATORS["moe_gate"].reference
+
+    right = Fault(name="right", check="batch invariance", operator="moe_gate", make=make, batch_invariant=True)
+    assert not harness.fails(harness.CHECKS["batch invariance"], harness.unit_of(right), right)
+
+
 def test_every_edit_of_a_mutant_finds_its_text():
     sources = {}
     for mutant in MUTANTS:
@@ -64,7 +74,5 @@ def test_names_of_mutants_are_unique():
 
 
 def test_every_operator_has_mutants_and_right_variants():
-    from isolith import OPERATORS
-
     assert {mutant.operator for mutant in MUTANTS} == set(OPERATORS)
     assert {variant.operator for variant in RIGHT} == set(OPERATORS)
