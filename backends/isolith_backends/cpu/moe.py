@@ -13,12 +13,11 @@ from torch import Tensor
 from isolith import Requires, WhyNot, implements, ops
 from isolith.dtypes import DEVICE_FLOAT, FLOAT_NAMES
 from isolith.numerics.codes import decode, spread_scale
-from isolith.numerics.scaled_matmul import blocks_of, dequantise_activation, inner_of, resolve_act_quant
+from isolith.numerics.scaled_matmul import QUANTISED, blocks_of, dequantise_activation, inner_of, resolve_act_quant
 from isolith.ops.moe.grouped_gemm import segments
 from isolith.ops.moe.moe_permute import row_count
 
 PIECE = 2 << 20  # bytes of a dequantised weight at a time: what a second-level cache about holds
-CODES = (torch.float8_e4m3fn, torch.int8)
 
 Segments = list[tuple[int, slice]]
 """Experts that have rows, and which rows they are."""
@@ -143,7 +142,7 @@ def why_not_grouped_gemm(out_dtype: str, **_: object) -> WhyNot:
 
 @implements(
     ops.moe.grouped_gemm,
-    requires=Requires(dtypes={"x": (*DEVICE_FLOAT, *CODES), "weight": (*DEVICE_FLOAT, *CODES, torch.uint8)}),
+    requires=Requires(dtypes={"x": (*DEVICE_FLOAT, *QUANTISED), "weight": (*DEVICE_FLOAT, *QUANTISED, torch.uint8)}),
     why_not=why_not_grouped_gemm,
 )
 def grouped_gemm(

@@ -1,6 +1,7 @@
 """NVIDIA GPUs: Triton kernels, torch's own fused calls, and faster libraries where they are installed."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -30,11 +31,8 @@ def arch() -> str:
 def versions() -> Mapping[str, str]:
     """What kernels may depend on, as far as it is installed; nothing is imported for it."""
     found = {"cuda": torch.version.cuda} if torch.version.cuda else {}
-    for name in ("triton",):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
+    with suppress(PackageNotFoundError):
+        found["triton"] = version("triton")
     return found
 
 

@@ -18,6 +18,7 @@ from isolith_backends.cuda.kernels import lightning_indexer as indexing
 from isolith_backends.cuda.kernels import lists_attended as attending
 from isolith_backends.cuda.kernels import mla_attention as latents
 from isolith_backends.cuda.kernels.cache_entries import pool_of
+from isolith_backends.cuda.kernels.formats import WEIGHTS
 from isolith_backends.cuda.kernels.quant_linear import Rules, quantising_refused
 
 INDEXED = {
@@ -191,9 +192,6 @@ def lightning_indexer(
     return indexing.lightning_indexer(q, weights, k_cache, batch, *scored, candidates, candidate_block)
 
 
-PROJECTED = (*DEVICE_FLOAT, torch.float8_e4m3fn, torch.int8, torch.uint8)
-
-
 def projection_refused(
     wo_a: Tensor, wo_b: Tensor, act_quant_a: str, act_quant_b: str, act_group: int, **_: object
 ) -> WhyNot:
@@ -203,7 +201,7 @@ def projection_refused(
 
 @implements(
     ops.attention.grouped_output_proj,
-    requires=Requires(dtypes={"x": DEVICE_FLOAT, "wo_a": PROJECTED, "wo_b": PROJECTED}),
+    requires=Requires(dtypes={"x": DEVICE_FLOAT, "wo_a": WEIGHTS, "wo_b": WEIGHTS}),
     why_not=projection_refused,
 )
 def grouped_output_proj(

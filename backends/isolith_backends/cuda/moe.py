@@ -12,7 +12,7 @@ from isolith_backends.cuda.kernels import moe_hash_gate as hash_gate
 from isolith_backends.cuda.kernels import moe_permute as permuting
 from isolith_backends.cuda.kernels import moe_unpermute as combining
 from isolith_backends.cuda.kernels import swiglu as activation
-from isolith_backends.cuda.kernels.formats import INT8_INPUTS
+from isolith_backends.cuda.kernels.formats import ACTIVATIONS, INT8_INPUTS, WEIGHTS
 from isolith_backends.cuda.kernels.quant_linear import Rules, quantising_refused
 
 
@@ -106,9 +106,6 @@ def swiglu(x: Tensor, limit: float = 0.0, row_weight: Tensor | None = None) -> T
     return activation.swiglu(x, limit, row_weight)
 
 
-CODES = (torch.float8_e4m3fn, torch.int8)
-
-
 def product_refused(x: Tensor, weight: Tensor, out_dtype: str, **_: object) -> WhyNot:
     if out_dtype == "float64":
         return "out_dtype is float64; float32 sums would not do"
@@ -119,7 +116,7 @@ def product_refused(x: Tensor, weight: Tensor, out_dtype: str, **_: object) -> W
 
 @implements(
     ops.moe.grouped_gemm,
-    requires=Requires(dtypes={"x": (*DEVICE_FLOAT, *CODES), "weight": (*DEVICE_FLOAT, *CODES, torch.uint8)}),
+    requires=Requires(dtypes={"x": ACTIVATIONS, "weight": WEIGHTS}),
     why_not=product_refused,
 )
 def grouped_gemm(
@@ -148,18 +145,13 @@ def layer_refused(
     act_group: int,
     **_: object,
 ) -> WhyNot:
-    if w13.shape[0] > permuting.EXPERTS:
-        return f"experts={w13.shape[0]}; a program counts the pairs of at most {permuting.EXPERTS}"
     if w13.shape[0] == 0:
         return "experts=0; there is nothing to sort by"
-    if topk_idx.shape[1] > combining.SLOTS:
-        return f"k={topk_idx.shape[1]}; at most {combining.SLOTS} slots are unrolled"
+    if refused := too_many_experts_to_sort(w13.shape[0]) or too_many_slots(topk_idx):
+        return refused
     weights = [weight for weight in (w13, w2, shared_w13, shared_w2) if weight is not None]
     reasons = (quantising_refused(weight, act_quant, act_group) for weight in weights)
     return next((reason for reason in reasons if reason), None)
-
-
-WEIGHTS = (*DEVICE_FLOAT, *CODES, torch.uint8)
 
 
 @implements(

@@ -2,14 +2,10 @@
 
 from torch import Tensor
 
-from isolith import Requires, WhyNot, implements, ops
+from isolith import Requires, implements, ops
 from isolith.dtypes import DEVICE_FLOAT
 from isolith_backends.cuda.kernels import rms_norm as kernel
-
-
-def row_too_long(x: Tensor, **_: object) -> WhyNot:
-    columns = x.shape[-1]
-    return None if columns <= kernel.ROW else f"rows of {columns}; a program holds one of at most {kernel.ROW}"
+from isolith_backends.cuda.kernels.tensors import row_too_long
 
 
 @implements(ops.norm.rms_norm, requires=Requires(dtypes=DEVICE_FLOAT), why_not=row_too_long, batch_invariant=True)

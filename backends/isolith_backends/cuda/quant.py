@@ -11,15 +11,15 @@ from isolith_backends.cuda.kernels import act_quant_fp8 as fp8
 from isolith_backends.cuda.kernels import act_quant_int8 as int8
 from isolith_backends.cuda.kernels import block_dequant as dequant
 from isolith_backends.cuda.kernels import quant_linear as linear
-from isolith_backends.cuda.kernels.formats import INT8_INPUTS
-from isolith_backends.cuda.kernels.groups import GROUP
+from isolith_backends.cuda.kernels.formats import ACTIVATIONS, INT8_INPUTS, WEIGHTS
+from isolith_backends.cuda.kernels.tensors import ROW, row_too_long
 
 FLOATS = Requires(dtypes=DEVICE_FLOAT)
 
 
 def group_too_long(x: Tensor, group_size: int, **_: object) -> WhyNot:
     size = min(group_size, x.shape[-1])
-    return None if size <= GROUP else f"groups of {size}; a program holds one of at most {GROUP}"
+    return None if size <= ROW else f"groups of {size}; a program holds one of at most {ROW}"
 
 
 @implements(ops.quant.act_quant_fp8, requires=FLOATS, why_not=group_too_long, batch_invariant=True)
@@ -27,9 +27,6 @@ def act_quant_fp8(
     x: Tensor, group_size: int = 128, scale_format: str = "ue8m0", amax_floor: float = 1e-4
 ) -> tuple[Tensor, Tensor]:
     return fp8.act_quant_fp8(x, group_size, scale_format, amax_floor)
-
-
-CODES = (torch.float8_e4m3fn, torch.int8)
 
 
 def linear_refused(
@@ -47,7 +44,7 @@ def linear_refused(
 
 @implements(
     ops.quant.quant_linear,
-    requires=Requires(dtypes={"x": (*DEVICE_FLOAT, *CODES), "weight": (*DEVICE_FLOAT, *CODES, torch.uint8)}),
+    requires=Requires(dtypes={"x": ACTIVATIONS, "weight": WEIGHTS}),
     why_not=linear_refused,
 )
 def quant_linear(
@@ -71,11 +68,6 @@ def quant_linear(
 @implements(ops.quant.act_quant_fp4, requires=FLOATS, why_not=group_too_long, batch_invariant=True)
 def act_quant_fp4(x: Tensor, group_size: int = 32, amax_floor: float = 6 * 2.0**-126) -> tuple[Tensor, Tensor]:
     return fp4.act_quant_fp4(x, group_size, amax_floor)
-
-
-def row_too_long(x: Tensor, **_: object) -> WhyNot:
-    columns = x.shape[-1]
-    return None if columns <= int8.ROW else f"rows of {columns}; a program holds one of at most {int8.ROW}"
 
 
 @implements(ops.quant.act_quant_int8, requires=FLOATS, why_not=row_too_long, batch_invariant=True)

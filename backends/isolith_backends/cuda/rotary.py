@@ -2,17 +2,13 @@
 
 from torch import Tensor
 
-from isolith import Requires, WhyNot, implements, ops
+from isolith import Requires, implements, ops
 from isolith.dtypes import DEVICE_FLOAT
 from isolith_backends.cuda.kernels import hadamard as rotation
 from isolith_backends.cuda.kernels import rope as turning
+from isolith_backends.cuda.kernels.tensors import row_too_long
 
 FLOATS = Requires(dtypes=DEVICE_FLOAT)
-
-
-def row_too_long(x: Tensor, **_: object) -> WhyNot:
-    columns = x.shape[-1]
-    return None if columns <= rotation.ROW else f"rows of {columns}; a program holds one of at most {rotation.ROW}"
 
 
 @implements(ops.rotary.rope, requires=FLOATS, why_not=row_too_long, batch_invariant=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from isolith_backends.cuda.kernels.act_quant_fp8 import inverse_of_e8m0
 from isolith_backends.cuda.kernels.codes import e2m1_of, e8m0_at_least
 from isolith_backends.cuda.kernels.groups import groups_of, places
+from isolith_backends.cuda.kernels.tensors import stored
 from isolith_backends.cuda.launch import launch
 
 
@@ -60,7 +61,7 @@ def act_quant_fp4(x: Tensor, group_size: int, amax_floor: float) -> tuple[Tensor
         groups.grid,
         groups.flat,
         q,
-        scale.view(torch.uint8),
+        stored(scale),
         *groups.runtime,
         amax_floor,
         warps=groups.warps,

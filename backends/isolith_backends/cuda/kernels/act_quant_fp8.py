@@ -11,6 +11,7 @@ from torch import Tensor
 
 from isolith_backends.cuda.kernels.codes import e4m3_of, e8m0_at_least
 from isolith_backends.cuda.kernels.groups import groups_of, places
+from isolith_backends.cuda.kernels.tensors import stored
 from isolith_backends.cuda.launch import capability, launch
 
 
@@ -84,8 +85,8 @@ def act_quant_fp8(x: Tensor, group_size: int, scale_format: str, amax_floor: flo
         act_quant_fp8_groups,
         groups.grid,
         groups.flat,
-        q.view(torch.uint8),
-        scale.view(torch.uint8) if power_of_two else scale,
+        stored(q),
+        stored(scale),
         *groups.runtime,
         amax_floor,
         warps=groups.warps,

@@ -8,10 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isolith_backends.cuda.kernels.rows import dense, rows_of
+from isolith_backends.cuda.kernels.tensors import dense, rows_of, start_of_rows
 from isolith_backends.cuda.launch import ceil_div, launch, power_of_two
-
-ROW = 16384  # elements that a program of 16 warps holds in registers: 32 of each thread
 
 
 @triton.jit
@@ -19,6 +17,12 @@ def int8_of(value):
     """To nearest, ties to even: from 1.5*2^23 on the last place of a float32 is 1, and its low byte the integer."""
     shifted = tl.minimum(tl.maximum(value, -127.0), 127.0) + 12582912.0
     return (shifted.to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
+
+
+@triton.jit
+def codes_and_scales(value, amax):
+    """Codes of rows, and the scale of each, of its largest magnitude."""
+    return int8_of(value * tl.div_rn(127.0, amax)[:, None]), tl.div_rn(amax, 127.0)
 
 
 @triton.jit
@@ -39,14 +43,14 @@ def act_quant_int8_rows(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    start = (row // inner) * stride + (row % inner) * inner_stride
+    start = start_of_rows(row, stride, inner, inner_stride)
     x = tl.load(X + start[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if Smooth is not None:
         x *= tl.load(Smooth + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     amax = tl.maximum(tl.max(tl.abs(x), axis=1), floor)
-    code = int8_of(x * tl.div_rn(127.0, amax)[:, None])
+    code, scale = codes_and_scales(x, amax)
     tl.store(Q + row[:, None] * columns + column[None, :], code, mask=inside)
-    tl.store(S + row, tl.div_rn(amax, 127.0), mask=row < rows)
+    tl.store(S + row, scale, mask=row < rows)
 
 
 def act_quant_int8(x: Tensor, smooth: Tensor | None, amax_floor: float) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isolith_backends.cuda.kernels.codes import value_of_e2m1, value_of_e4m3, value_of_e8m0
-from isolith_backends.cuda.kernels.rows import rows_of
+from isolith_backends.cuda.kernels.codes import decoded_e4m3, value_of_e2m1, value_of_e8m0
+from isolith_backends.cuda.kernels.tensors import rows_of, start_of_rows, stored
 from isolith_backends.cuda.launch import capability, ceil_div, launch, power_of_two
 
 E4M3, INT8, E2M1 = 0, 1, 2
@@ -50,7 +50,7 @@ def dequantise(
     if Scale.dtype.element_ty == tl.uint8:
         scale = value_of_e8m0(scale)
 
-    start = ((row // inner) * stride + (row % inner) * inner_stride)[:, None, None]
+    start = start_of_rows(row, stride, inner, inner_stride)[:, None, None]
     within = run[:, None] * RUN + tl.arange(0, RUN)[None, :]
     inside = known[:, None, None] & (within < columns)[None, :, :]
     if CODES == 2:
@@ -63,10 +63,8 @@ def dequantise(
         code = tl.load(Q + start + within[None, :, :], mask=inside, other=0)
         if CODES == 1:
             value = code.to(tl.float32)
-        elif NATIVE:
-            value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
         else:
-            value = value_of_e4m3(code)
+            value = decoded_e4m3(code, tl.float32, NATIVE)
     y = value * scale[:, :, None]
     tl.store(Y + row[:, None, None] * columns + within[None, :, :], y.to(Y.dtype.element_ty), mask=inside)
 
@@ -79,7 +77,7 @@ def block_dequant(q: Tensor, scale: Tensor, block_n: int, block_k: int, out_dtyp
     if y.numel() == 0:
         return y
     scale = scale.contiguous()
-    flat = rows_of(q if kind == INT8 else q.view(torch.uint8))
+    flat = rows_of(stored(q))
     width = power_of_two(columns, most=512)
     # The largest power of two that divides a block's columns; a block of all columns is one run as long as a tile.
     run = min(block_k & -block_k if block_k < columns else width, width)
@@ -88,7 +86,7 @@ def block_dequant(q: Tensor, scale: Tensor, block_n: int, block_k: int, out_dtyp
         dequantise,
         (ceil_div(y.numel() // columns, together), ceil_div(columns, width)),
         flat,
-        scale.view(torch.uint8) if scale.dtype == torch.float8_e8m0fnu else scale,
+        stored(scale),
         y,
         y.numel() // columns,
         columns,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from isolith import Unsupported
 from isolith.numerics.pages import entry_dim, format_of
-from isolith_backends.cuda.kernels.codes import value_of_e2m1, value_of_e4m3, value_of_e8m0
-from isolith_backends.cuda.kernels.rows import dense
+from isolith_backends.cuda.kernels.codes import decoded_e4m3, value_of_e2m1, value_of_e8m0
+from isolith_backends.cuda.kernels.tensors import dense
 
 
 @triton.jit
@@ -40,9 +40,7 @@ def values_of_codes(
     dim = FIRST + tl.arange(0, WIDTH)
     inside = valid[:, None] & (dim < LAST)[None, :]
     byte = tl.load(POOL + address[:, None] + dim[None, :], mask=inside, other=0)
-    if FP8:
-        return byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    return value_of_e4m3(byte)
+    return decoded_e4m3(byte, tl.float32, FP8)
 
 
 @triton.jit

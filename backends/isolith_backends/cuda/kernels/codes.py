@@ -18,6 +18,14 @@ def value_of_e4m3(byte):
 
 
 @triton.jit
+def decoded_e4m3(byte, TYPE: tl.constexpr, NATIVE: tl.constexpr):
+    """Byte -> value in a float type that holds it; where the architecture has e4m3, by its own conversion."""
+    if NATIVE:
+        return byte.to(tl.float8e4nv, bitcast=True).to(TYPE)
+    return value_of_e4m3(byte).to(TYPE)
+
+
+@triton.jit
 def e4m3_of(value):
     """Value -> byte, to nearest, ties to even; beyond 448 saturates, NaN stays NaN."""
     bits = value.to(tl.uint32, bitcast=True)

@@ -9,13 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isolith_backends.cuda.kernels.rows import dense
+from isolith_backends.cuda.kernels.tensors import TYPES, dense
 from isolith_backends.cuda.launch import ceil_div, launch, power_of_two
 
 PROGRAMS = 528  # 4 for each of 132 multiprocessors
 PARTS = 16  # parts that features are cut into, at most
-
-TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit

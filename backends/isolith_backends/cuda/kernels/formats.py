@@ -11,7 +11,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from isolith.numerics.scaled_matmul import FP4_GROUP, inner_of
+from isolith.dtypes import DEVICE_FLOAT
+from isolith.numerics.scaled_matmul import FP4_GROUP, QUANTISED, inner_of
+from isolith_backends.cuda.kernels.tensors import TYPES, stored
 from isolith_backends.cuda.launch import ceil_div, power_of_two
 
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 103: 148, 120: 188}
@@ -20,9 +22,12 @@ INT8_INPUTS = (1 << 31) // (128 * 127)  # products of codes that an int32 sum ho
 WHOLE = 1 << 30  # columns that share a scale, where all do
 STEP = 256  # columns of a step, at most
 
+ACTIVATIONS = (*DEVICE_FLOAT, *QUANTISED)
+WEIGHTS = (*ACTIVATIONS, torch.uint8)
+FLOORS = {"fp8": 1e-4, "int8": 1e-10}
+"""The smallest amax of a group, as act_quant_fp8 and act_quant_int8 have it by default."""
 POWERS = (torch.float8_e8m0fnu, torch.uint8)  # as it is, and as bytes
 KINDS = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8", torch.uint8: "e2m1"}
-DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +82,6 @@ def kind_of(tensor: Tensor) -> str:
     return KINDS.get(tensor.dtype, "float")
 
 
-def stored(tensor: Tensor) -> Tensor:
-    """The tensor as kernels take it: e4m3 and e8m0 as bytes."""
-    narrow = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
-    return tensor.view(torch.uint8) if tensor.dtype in narrow else tensor
-
-
 def stored_scale(scale: Tensor | None) -> Tensor | None:
     """The scale, where there is one, as kernels take it."""
     return None if scale is None else stored(scale)
@@ -95,7 +94,7 @@ def reachable(weight: Tensor) -> Tensor:
 
 def dot_of(x: torch.dtype, weight: torch.dtype, native: bool) -> Any:  # Any: Triton's types have none
     """The narrowest type with tensor cores that holds the elements of both; codes fit into every float."""
-    floats = {DOTS[dtype] for dtype in (x, weight) if dtype in DOTS}
+    floats = {TYPES[dtype] for dtype in (x, weight) if dtype in TYPES}
     if floats:
         return floats.pop() if len(floats) == 1 else tl.float32
     if x == weight == torch.int8:

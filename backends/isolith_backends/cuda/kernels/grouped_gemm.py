@@ -20,12 +20,11 @@ from isolith_backends.cuda.kernels.formats import (
     constants_of,
     format_of,
     reachable,
-    stored,
     stored_scale,
     tile_for,
 )
-from isolith_backends.cuda.kernels.rows import dense
 from isolith_backends.cuda.kernels.scaled_matmul import product_of_tile
+from isolith_backends.cuda.kernels.tensors import dense, stored
 from isolith_backends.cuda.launch import capability, ceil_div, launch, power_of_two
 
 RESIDENT = 2  # programs that a multiprocessor is given: while one ends a tile, the other loads

@@ -10,10 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isolith_backends.cuda.kernels.rows import rows_of
+from isolith_backends.cuda.kernels.tensors import rows_of, start_of_rows
 from isolith_backends.cuda.launch import ceil_div, power_of_two
-
-GROUP = 16384  # elements that a program of 16 warps holds in registers: 32 of each thread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,5 +82,5 @@ def places(
     within = tl.arange(0, PADDED)[None, :]
     column = ((group - row * a_row) * size).to(tl.int32)[:, None] + within
     inside = (group < total)[:, None] & (within < size) & (column < columns)
-    start = (row // inner).to(tl.int64) * stride + (row % inner).to(tl.int64) * inner_stride
+    start = start_of_rows(row, stride, inner, inner_stride)
     return group, row.to(tl.int64), start, column, inside

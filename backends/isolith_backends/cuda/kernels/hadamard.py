@@ -10,11 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isolith_backends.cuda.kernels.rows import rows_of
+from isolith_backends.cuda.kernels.tensors import rows_of, start_of_rows
 from isolith_backends.cuda.launch import ceil_div, launch
 
 MATRIX = 128  # elements of the longest row that is multiplied by the matrix; 256 take more than 99 KiB of shared memory
-ROW = 16384  # elements of a row that a program of 16 warps holds in registers
 ROWS = 32  # of a tile; one size, since how a product is summed depends on it
 PROGRAMS = 1056  # eight for each multiprocessor of the largest cards: no more, so that the matrix is made less often
 
@@ -32,10 +31,19 @@ def rotate_by_matrix(
     for tile in range(tiles):
         row = (tl.program_id(0).to(tl.int64) * tiles + tile) * ROWS + tl.arange(0, ROWS)
         inside = (row < rows)[:, None]
-        start = (row // inner) * stride + (row % inner) * inner_stride
+        start = start_of_rows(row, stride, inner, inner_stride)
         x = tl.load(X + start[:, None] + i[None, :], mask=inside, other=0.0)
         y = tl.dot(x, sign) * scale
         tl.store(Y + row[:, None] * N + i[None, :], y.to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def in_steps(values, ROWS: tl.constexpr, N: tl.constexpr, BITS: tl.constexpr):
+    """Rows times the matrix of signs: sums before differences of neighbours; then all bits are in their places."""
+    for _ in tl.static_range(BITS):
+        low, high = tl.split(tl.reshape(values, (ROWS, N // 2, 2)))
+        values = tl.reshape(tl.permute(tl.join(low + high, low - high), (0, 2, 1)), (ROWS, N))
+    return values
 
 
 @triton.jit
@@ -45,13 +53,10 @@ def rotate_by_steps(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     i = tl.arange(0, N)
     inside = (row < rows)[:, None]
-    start = (row // inner) * stride + (row % inner) * inner_stride
+    start = start_of_rows(row, stride, inner, inner_stride)
     y = tl.load(X + start[:, None] + i[None, :], mask=inside, other=0.0).to(tl.float32)
-    # Each step takes neighbours apart and puts sums before differences: behind the last all bits are in their places.
-    for _ in tl.static_range(BITS):
-        low, high = tl.split(tl.reshape(y, (ROWS, N // 2, 2)))
-        y = tl.reshape(tl.permute(tl.join(low + high, low - high), (0, 2, 1)), (ROWS, N))
-    tl.store(Y + row[:, None] * N + i[None, :], (y * scale).to(Y.dtype.element_ty), mask=inside)
+    y = in_steps(y, ROWS, N, BITS) * scale
+    tl.store(Y + row[:, None] * N + i[None, :], y.to(Y.dtype.element_ty), mask=inside)
 
 
 def hadamard(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isolith_backends.cuda.kernels.rows import dense
+from isolith_backends.cuda.kernels.tensors import dense
 from isolith_backends.cuda.launch import ceil_div, launch, power_of_two
 
 COLUMNS = 1024  # of a program of 4 warps: 32 elements of each thread with four streams

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isolith_backends.cuda.kernels.codes import value_of_e2m1, value_of_e4m3, value_of_e8m0
-from isolith_backends.cuda.kernels.rows import dense
+from isolith_backends.cuda.kernels.codes import decoded_e4m3, value_of_e2m1, value_of_e8m0
+from isolith_backends.cuda.kernels.tensors import TYPES, dense, stored
 from isolith_backends.cuda.kernels.token_tiles import first_token_of_tile, sequence_of_tile, tiles_of
 from isolith_backends.cuda.launch import capability, ceil_div, launch, power_of_two
 
@@ -25,16 +25,6 @@ HEADS = 128  # columns of a product that a program holds for one token
 DIM = 512  # elements of a key that a program holds at a time
 PROGRAMS = 528  # 4 for each of 132 multiprocessors: what a split of the entries aims at
 STEPS = 16  # tiles of entries that share one reading of the queries
-
-TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-
-
-@triton.jit
-def halves_of_e4m3(byte, NATIVE: tl.constexpr, MATH: tl.constexpr):
-    """Bytes -> values, exact; from sm_89 on by the processor's own conversion."""
-    if NATIVE:
-        return byte.to(tl.float8e4nv, bitcast=True).to(MATH)
-    return value_of_e4m3(byte).to(MATH)
 
 
 @triton.jit
@@ -54,7 +44,7 @@ def queries_of(
             scale = tl.load(QS + scale_at, mask=inside, other=0.0)
         return (value_of_e2m1(code) * scale).to(MATH)
     if KIND == "e4m3":
-        return halves_of_e4m3(tl.load(Q + row[None, :] + column[:, None], mask=inside, other=0), NATIVE, MATH)
+        return decoded_e4m3(tl.load(Q + row[None, :] + column[:, None], mask=inside, other=0), MATH, NATIVE)
     return tl.load(Q + row[None, :] + column[:, None], mask=inside, other=0.0).to(MATH)
 
 
@@ -182,7 +172,7 @@ def indexer_scores(
                         query = queries_of(Q, QS, token, head, column, inside, *place_of_query, Q_KIND, NATIVE, MATH)
                     if K_KIND == "e4m3":
                         byte = tl.load(K + (page + row * 128)[:, None] + column[None, :], mask=held[:, None], other=0)
-                        keys = halves_of_e4m3(byte, NATIVE, MATH)
+                        keys = decoded_e4m3(byte, MATH, NATIVE)
                     else:
                         key_at = (page + row.to(tl.int64) * row_stride)[:, None] + column[None, :]
                         keys = tl.load(K + key_at, mask=held[:, None] & (column < dim)[None, :], other=0.0).to(MATH)
@@ -244,11 +234,6 @@ def math_of(q: Tensor, k_cache: Tensor, q_scale: Tensor | None) -> torch.dtype:
     return floats.pop() if floats else torch.bfloat16 if e2m1 else torch.float16
 
 
-def bytes_of(tensor: Tensor) -> Tensor:
-    """Codes and e8m0 scales as bytes, all else as it is."""
-    return tensor.view(torch.uint8) if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e8m0fnu) else tensor
-
-
 def indexer_score(
     q: Tensor,
     weights: Tensor,
@@ -269,7 +254,7 @@ def indexer_score(
     math, sequences = math_of(q, k_cache, q_scale), start_pos.shape[0]
     q_kind = {torch.uint8: "e2m1", torch.float8_e4m3fn: "e4m3"}.get(q.dtype, "float")
     k_kind = {132: "e4m3", 68: "e2m1"}[k_cache.shape[2]] if k_cache.dtype == torch.uint8 else "float"
-    q, weights, keys, table = dense(bytes_of(q)), dense(weights), dense(k_cache), dense(block_table)
+    q, weights, keys, table = dense(stored(q)), dense(weights), dense(k_cache), dense(block_table)
     scale = None if q_scale is None else q_scale.contiguous()
     heads, dim = q.shape[1], q.shape[2] * (2 if q_kind == "e2m1" else 1)
     native = capability(q.device) >= 89
@@ -280,7 +265,7 @@ def indexer_score(
     launch(
         indexer_scores,
         (tiles * chunks,),
-        *(q, None if scale is None else bytes_of(scale), weights, keys, table),
+        *(q, None if scale is None else stored(scale), weights, keys, table),
         *(cu_seqlens.contiguous(), start_pos.contiguous(), out),
         *(q.stride(0), q.stride(1), *((0, 0) if scale is None else scale.stride()[:2]), weights.stride(0)),
         *(keys.stride(0), keys.stride(1), table.stride(0)),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from isolith.numerics.pages import entry_dim, format_of
 from isolith_backends.cuda.kernels.cache_entries import addresses_of_entries
-from isolith_backends.cuda.kernels.codes import value_of_e2m1, value_of_e4m3, value_of_e8m0
+from isolith_backends.cuda.kernels.codes import decoded_e4m3, value_of_e2m1, value_of_e8m0
 from isolith_backends.cuda.kernels.kv_cache_write import ROPE, constants_of, rows_together, slots_of
 from isolith_backends.cuda.launch import capability, ceil_div, launch, power_of_two
 
@@ -71,10 +71,7 @@ def read_entries(
         value = value_of_e2m1(tl.reshape(tl.join(packed & 0xF, packed >> 4), (ROWS, GROUPS, GROUP)))
     else:
         code = tl.load(CACHE + entry[:, None, None] + column, mask=inside[:, :, None], other=0)
-        if NATIVE:
-            value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        else:
-            value = value_of_e4m3(code)
+        value = decoded_e4m3(code, tl.float32, NATIVE)
     if FORMAT == 584 or FORMAT == 68:
         scale = value_of_e8m0(tl.load(CACHE + scale_at[:, None] + group[None, :], mask=inside, other=0))
     else:

@@ -16,7 +16,7 @@ from isolith.numerics.pages import format_of
 from isolith_backends.cuda.kernels.act_quant_fp8 import e4m3_byte, inverse_of_e8m0
 from isolith_backends.cuda.kernels.cache_entries import addresses_of_entries
 from isolith_backends.cuda.kernels.codes import e2m1_of, e8m0_at_least, value_of_e8m0
-from isolith_backends.cuda.kernels.rows import dense
+from isolith_backends.cuda.kernels.tensors import dense
 from isolith_backends.cuda.launch import capability, ceil_div, launch, power_of_two
 
 TILE = 2048  # elements of a program

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from isolith_backends.cuda.kernels.compressor_rows import keep, project, sum_of_parts
 from isolith_backends.cuda.kernels.exponentials import exp_of
-from isolith_backends.cuda.kernels.rows import dense
+from isolith_backends.cuda.kernels.hadamard import in_steps
+from isolith_backends.cuda.kernels.tensors import dense
 from isolith_backends.cuda.launch import launch, power_of_two
 
 DIM = 4096  # elements of an entry that a program holds
@@ -38,15 +39,6 @@ def window_of_entry(CU, START, CU_ENTRIES, entry, sequences, ratio, SEQUENCES: t
     if entry == 0:
         tl.store(CU_ENTRIES, 0)
     return sequence, entry - first, entry < total
-
-
-@triton.jit
-def rotated_by_hadamard(values, N: tl.constexpr, BITS: tl.constexpr, scale):
-    """A row times the Hadamard matrix: each step puts the sums of pairs before their differences."""
-    for _ in tl.static_range(BITS):
-        a, b = tl.split(tl.reshape(values, (N // 2, 2)))
-        values = tl.reshape(tl.permute(tl.join(a + b, a - b), (1, 0)), (N,))
-    return values * scale
 
 
 @triton.jit
@@ -148,7 +140,7 @@ def compress_windows(
         values = tl.join(tl.where(turned, a * cos - b * sin, a), tl.where(turned, a * sin + b * cos, b))
         values = tl.reshape(values, (COLUMNS,))
         if BITS:
-            values = rotated_by_hadamard(values, COLUMNS, BITS, scale)
+            values = tl.reshape(in_steps(tl.reshape(values, (1, COLUMNS)), 1, COLUMNS, BITS), (COLUMNS,)) * scale
         tl.store(OUT + out_row.to(tl.int64) * dim + column, values.to(OUT.dtype.element_ty), mask=real)
 
 

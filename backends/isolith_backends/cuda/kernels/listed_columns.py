@@ -20,17 +20,6 @@ SCANNED = tl.constexpr(1024)
 
 
 @triton.jit
-def sequence_of_token(token, CU_SEQLENS, sequences):
-    """The sequence that a token belongs to: how many end at or before it."""
-    ended = token * 0
-    for first in range(0, sequences, 128):
-        row = first + tl.arange(0, 128)
-        end = tl.load(CU_SEQLENS + 1 + row, mask=row < sequences, other=2147483647)
-        ended += tl.sum((end <= token).to(tl.int32))
-    return tl.minimum(ended, sequences - 1)
-
-
-@triton.jit
 def span_of_list(INDICES, LENGTH, token, columns, position, reach, room, KIND: tl.constexpr, CAUSAL: tl.constexpr):
     """(first item, columns to look at, items that may be looked at) of a token's list.
 

@@ -3,13 +3,12 @@
 from dataclasses import dataclass, replace
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from isolith_backends.cuda.kernels.cache_entries import Pool
 from isolith_backends.cuda.kernels.listed_columns import GIVEN, NONE, SEEN, WINDOW
-from isolith_backends.cuda.kernels.rows import dense
 from isolith_backends.cuda.kernels.sparse_attn import attend, merge
+from isolith_backends.cuda.kernels.tensors import TYPES, dense
 from isolith_backends.cuda.launch import capability, ceil_div, launch, power_of_two
 
 LOG2_E = 1.4426950408889634
@@ -19,7 +18,6 @@ NARROWEST = 16  # dimensions that a product takes at least
 PROGRAMS = 132  # that fill a GPU: the multiprocessors of an H100
 SPLITS = 64  # programs that share a token's columns at most
 LARGEST_ITEM = 2**31 - 1
-TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from isolith_backends.cuda.kernels.cache_entries import pool_of
-from isolith_backends.cuda.kernels.lists_attended import TYPES, attention, listed, seen
-from isolith_backends.cuda.kernels.rows import dense
+from isolith_backends.cuda.kernels.lists_attended import attention, listed, seen
+from isolith_backends.cuda.kernels.tensors import TYPES, dense
 from isolith_backends.cuda.launch import ceil_div, launch, power_of_two
 
 

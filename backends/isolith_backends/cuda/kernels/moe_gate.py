@@ -13,7 +13,7 @@ from torch import Tensor
 
 from isolith.numerics.routing import SCORES, SOFTPLUS_IDENTITY, SUM_FLOOR
 from isolith_backends.cuda.kernels.exponentials import exp_of, log1p_of
-from isolith_backends.cuda.kernels.rows import dense
+from isolith_backends.cuda.kernels.tensors import dense
 from isolith_backends.cuda.launch import ceil_div, launch, power_of_two
 
 COLUMNS = 8192  # scores that a program of 16 warps holds, 16 to a thread; each group is padded to a power of two

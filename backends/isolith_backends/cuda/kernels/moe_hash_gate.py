@@ -12,7 +12,7 @@ from torch import Tensor
 from isolith.numerics.routing import SCORES
 from isolith_backends.cuda.kernels.exponentials import exp_of
 from isolith_backends.cuda.kernels.moe_gate import FLOOR, SOFTMAX, score_of, tile_for
-from isolith_backends.cuda.kernels.rows import dense
+from isolith_backends.cuda.kernels.tensors import dense
 from isolith_backends.cuda.launch import ceil_div, launch, power_of_two
 
 SLOTS = 1024  # chosen experts of a token that a program holds

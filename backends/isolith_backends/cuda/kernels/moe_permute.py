@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from isolith.ops.moe.moe_permute import row_count
-from isolith_backends.cuda.kernels.rows import dense
+from isolith_backends.cuda.kernels.tensors import dense, stored
 from isolith_backends.cuda.launch import ceil_div, launch, power_of_two
 
 EXPERTS = 4096  # counters that a program holds, of all experts
@@ -232,10 +232,10 @@ def permute_rows(x: Tensor, x_scale: Tensor | None, pair_to_pos: Tensor, total: 
     launch(
         copy_rows,
         (ceil_div(tokens, together), blocks + ceil_div(groups, columns)),
-        carried(x),
-        carried(rows),
-        None if scale is None else carried(scale),
-        None if scale is None else carried(row_scale),
+        stored(x),
+        stored(rows),
+        None if scale is None else stored(scale),
+        None if scale is None else stored(row_scale),
         pair_to_pos,
         tokens,
         k,
@@ -249,8 +249,3 @@ def permute_rows(x: Tensor, x_scale: Tensor | None, pair_to_pos: Tensor, total: 
         COLUMNS=columns,
     )
     return rows, row_scale
-
-
-def carried(values: Tensor) -> Tensor:
-    """What is copied and not computed with, in a type that every architecture has."""
-    return values.view(torch.uint8) if values.dtype.itemsize == 1 else values

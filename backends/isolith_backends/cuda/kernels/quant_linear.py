@@ -16,16 +16,13 @@ from isolith import WhyNot
 from isolith.numerics.scaled_matmul import blocks_of, inner_of, resolve_act_quant
 from isolith_backends.cuda.kernels import act_quant_fp8 as fp8
 from isolith_backends.cuda.kernels import act_quant_int8 as int8
-from isolith_backends.cuda.kernels.formats import constants_of, format_of, reachable, stored, stored_scale, tile_for
+from isolith_backends.cuda.kernels.formats import FLOORS, constants_of, format_of, reachable, stored_scale, tile_for
 from isolith_backends.cuda.kernels.grouped_gemm import strides_of
-from isolith_backends.cuda.kernels.groups import GROUP
-from isolith_backends.cuda.kernels.rows import dense
 from isolith_backends.cuda.kernels.scaled_matmul import product_of_tile
+from isolith_backends.cuda.kernels.tensors import ROW, dense, stored
 from isolith_backends.cuda.launch import capability, ceil_div, launch
 
 BAND = 8  # rows of tiles that share the columns they read
-FP8_FLOOR = 1e-4  # the smallest amax of act_quant_fp8
-INT8_FLOOR = 1e-10  # that of act_quant_int8
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -131,8 +128,8 @@ def quantised(x: Tensor, weight: Tensor, rules: Rules) -> tuple[Tensor, Tensor |
     """Float activations as this weight wants them, and their scale."""
     kind = resolve_act_quant(rules.act_quant, weight)
     if kind == "fp8":
-        return fp8.act_quant_fp8(x, rules.act_group, rules.scale_format, FP8_FLOOR)
-    return int8.act_quant_int8(x, None, INT8_FLOOR) if kind == "int8" else (x, None)
+        return fp8.act_quant_fp8(x, rules.act_group, rules.scale_format, FLOORS["fp8"])
+    return int8.act_quant_int8(x, None, FLOORS["int8"]) if kind == "int8" else (x, None)
 
 
 def quantising_refused(weight: Tensor, act_quant: str, act_group: int) -> WhyNot:
@@ -140,8 +137,8 @@ def quantising_refused(weight: Tensor, act_quant: str, act_group: int) -> WhyNot
     kind, inputs = resolve_act_quant(act_quant, weight), inner_of(weight)
     group = inputs if kind == "int8" else min(inputs, act_group)
     return (
-        f"groups of {group} to quantise; a program holds one of at most {GROUP}"
-        if kind != "none" and group > GROUP
+        f"groups of {group} to quantise; a program holds one of at most {ROW}"
+        if kind != "none" and group > ROW
         else None
     )
 

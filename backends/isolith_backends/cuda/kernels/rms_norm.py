@@ -5,10 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isolith_backends.cuda.kernels.rows import dense, rows_of
+from isolith_backends.cuda.kernels.tensors import dense, rows_of, start_of_rows
 from isolith_backends.cuda.launch import ceil_div, launch, power_of_two
-
-ROW = 16384  # elements that a program of 16 warps holds in registers: 32 of each thread
 
 
 @triton.jit
@@ -29,7 +27,7 @@ def rms_norm_rows(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    at = (row // inner) * stride + (row % inner) * inner_stride
+    at = start_of_rows(row, stride, inner, inner_stride)
     x = tl.load(X + at[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(x * x, axis=1) / columns
     y = x * tl.rsqrt(mean + eps)[:, None]

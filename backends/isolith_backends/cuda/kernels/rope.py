@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from isolith_backends.cuda.kernels.rows import dense
+from isolith_backends.cuda.kernels.tensors import dense
 from isolith_backends.cuda.launch import ceil_div, launch, power_of_two
 
 

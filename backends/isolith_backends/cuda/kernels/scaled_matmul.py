@@ -15,17 +15,14 @@ the rate of the tensor cores in bfloat16. At 4,096 tokens an expert layer reads 
 import triton
 import triton.language as tl
 
-from isolith_backends.cuda.kernels.codes import value_of_e2m1, value_of_e4m3, value_of_e8m0
+from isolith_backends.cuda.kernels.codes import decoded_e4m3, value_of_e2m1, value_of_e8m0
 
 
 @triton.jit
 def operand(tile, KIND: tl.constexpr, DOT: tl.constexpr, NATIVE: tl.constexpr):
     """Loaded elements as values of the type of the product; e2m1 comes as codes, one a byte."""
     if KIND == "e4m3":
-        if NATIVE:
-            made = tile.to(tl.float8e4nv, bitcast=True).to(DOT)
-        else:
-            made = value_of_e4m3(tile).to(DOT)
+        made = decoded_e4m3(tile, DOT, NATIVE)
     elif KIND == "e2m1":
         made = value_of_e2m1(tile).to(DOT)
     elif KIND == "int8" and DOT != tl.int8:

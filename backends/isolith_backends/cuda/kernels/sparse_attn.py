@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 
 from isolith_backends.cuda.kernels.cache_entries import addresses_of_entries, factors_of_entries, part_of_entries
-from isolith_backends.cuda.kernels.listed_columns import NONE, sequence_of_token, slots_of_columns, span_of_list
+from isolith_backends.cuda.kernels.listed_columns import NONE, slots_of_columns, span_of_list
+from isolith_backends.cuda.kernels.token_tiles import sequence_of_token
 
 LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -10,10 +10,21 @@ import triton.language as tl
 from torch import Tensor
 
 from isolith_backends.cuda.kernels.exponentials import exp_of
-from isolith_backends.cuda.kernels.rows import rows_of
+from isolith_backends.cuda.kernels.tensors import rows_of, start_of_rows
 from isolith_backends.cuda.launch import ceil_div, launch, power_of_two
 
 TILE = 1024  # results of a program
+
+
+@triton.jit
+def gated(gate, up, limit, CLAMP: tl.constexpr):
+    """silu(gate) * up, both clamped where CLAMP says so."""
+    if CLAMP:  # comparisons with NaN are false: it stays
+        gate = tl.where(gate > limit, limit, gate)
+        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    # Of the negative magnitude, so that no exponential overflows.
+    power = exp_of(-tl.abs(gate))
+    return gate * (tl.where(gate < 0.0, power, 1.0) / (1.0 + power)) * up
 
 
 @triton.jit
@@ -34,15 +45,10 @@ def gate_rows(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    at = ((row // inner) * stride + (row % inner) * inner_stride)[:, None] + column[None, :]
+    at = start_of_rows(row, stride, inner, inner_stride)[:, None] + column[None, :]
     gate = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(X + at + columns, mask=inside, other=0.0).to(tl.float32)
-    if CLAMP:  # comparisons with NaN are false: it stays
-        gate = tl.where(gate > limit, limit, gate)
-        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    # Of the negative magnitude, so that no exponential overflows.
-    power = exp_of(-tl.abs(gate))
-    y = gate * (tl.where(gate < 0.0, power, 1.0) / (1.0 + power)) * up
+    y = gated(gate, up, limit, CLAMP)
     if WEIGHT is not None:
         y *= tl.load(WEIGHT + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
     tl.store(Y + row[:, None] * columns + column[None, :], y.to(Y.dtype.element_ty), mask=inside)

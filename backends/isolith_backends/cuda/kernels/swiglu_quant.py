@@ -12,13 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from isolith_backends.cuda.kernels.act_quant_fp8 import e4m3_byte, scales_of_e4m3
-from isolith_backends.cuda.kernels.act_quant_int8 import int8_of
-from isolith_backends.cuda.kernels.exponentials import exp_of
+from isolith_backends.cuda.kernels.act_quant_int8 import codes_and_scales
+from isolith_backends.cuda.kernels.formats import FLOORS, stored_scale
 from isolith_backends.cuda.kernels.groups import groups_of, places
+from isolith_backends.cuda.kernels.swiglu import gated
+from isolith_backends.cuda.kernels.tensors import stored
 from isolith_backends.cuda.launch import capability, launch
-
-FLOORS = {"none": 0.0, "fp8": 1e-4, "int8": 1e-10}
-"""The smallest amax of a group, as act_quant_fp8 and act_quant_int8 have it by default."""
 
 
 @triton.jit
@@ -58,12 +57,7 @@ def swiglu_quant_groups(
     at = X + start[:, None] + column
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + columns, mask=inside, other=0.0).to(tl.float32)
-    if LIMITED:  # comparisons with NaN are false: it stays
-        gate = tl.where(gate > limit, limit, gate)
-        up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
-    # Of the negative magnitude, so that no exponential overflows.
-    power = exp_of(-tl.abs(gate))
-    value = gate * (tl.where(gate < 0.0, power, 1.0) / (1.0 + power)) * up
+    value = gated(gate, up, limit, LIMITED)
     if WEIGHTS is not None:
         pair = tl.load(PAIR + row, mask=live, other=-1)
         weight = tl.load(WEIGHTS + pair, mask=pair >= 0, other=0.0)
@@ -76,8 +70,7 @@ def swiglu_quant_groups(
             scale, inverse = scales_of_e4m3(amax, POWER_OF_TWO)
             code = e4m3_byte(value * inverse[:, None], NATIVE)
         else:
-            scale = tl.div_rn(amax, 127.0)
-            code = int8_of(value * tl.div_rn(127.0, amax)[:, None])
+            code, scale = codes_and_scales(value, amax)
         tl.store(Q + row[:, None] * columns + column, code, mask=inside)
         tl.store(S + group, scale, mask=live)
 
@@ -118,15 +111,15 @@ def swiglu_quant(
         swiglu_quant_groups,
         groups.grid,
         groups.flat,
-        q.view(torch.uint8) if quant == "fp8" else q,
-        scale.view(torch.uint8) if scale is not None and power_of_two else scale,
+        stored(q),
+        stored_scale(scale),
         ends,
         pair,
         weights,
         *groups.runtime,
         0 if ends is None else ends.shape[0],
         limit,
-        FLOORS[quant],
+        FLOORS.get(quant, 0.0),
         warps=groups.warps,
         stages=1,
         QUANT=quant,

@@ -10,20 +10,29 @@ import triton.language as tl
 
 
 @triton.jit
+def sequence_of_token(token, CU_SEQLENS, sequences):
+    """The sequence that a token belongs to: how many end at or before it."""
+    ended = token * 0
+    for first in range(0, sequences, 128):
+        row = first + tl.arange(0, 128)
+        end = tl.load(CU_SEQLENS + 1 + row, mask=row < sequences, other=2147483647)
+        ended += tl.sum((end <= token).to(tl.int32))
+    return tl.minimum(ended, sequences - 1)
+
+
+@triton.jit
 def sequence_of_tile(CU, sequences, first, last, tile, TOKENS: tl.constexpr):
     """The sequence that owns a tile, of the tokens first..last-1 of the call alone; CU is cu_seqlens."""
+    if TOKENS == 1:
+        return sequence_of_token(first + tile, CU, sequences)
     found = 0
     for base in range(0, sequences, 256):
         number = base + tl.arange(0, 256)
         known = number < sequences
-        if TOKENS == 1:
-            end = tl.load(CU + 1 + number, mask=known, other=0)
-            found += tl.sum((known & (end <= first + tile)).to(tl.int32))
-        else:
-            begin = tl.load(CU + number, mask=known, other=0)
-            begin = tl.minimum(tl.maximum(begin, first), last) - first
-            found += tl.sum((known & (begin // TOKENS + number <= tile)).to(tl.int32))
-    return tl.minimum(found, sequences - 1) if TOKENS == 1 else found - 1
+        begin = tl.load(CU + number, mask=known, other=0)
+        begin = tl.minimum(tl.maximum(begin, first), last) - first
+        found += tl.sum((known & (begin // TOKENS + number <= tile)).to(tl.int32))
+    return found - 1
 
 
 @triton.jit
