@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -79,7 +78,7 @@ class Found:
     def units_of(self, name: str) -> list[Unit]:
         """The candidates for one operator."""
         operator, native = UNITS[name], bool(self.description["native"])
-        rows: list[dict[str, Any]] = [dict(row) for row in self.description["kernels"].get(name, ())]
+        rows = [dict(row) for row in self.kernels(name) if not row.get("why_unavailable")]
         if operator.composed_of and (not rows or native):
             rows.append({"name": "composition"})
         elif native:
@@ -97,10 +96,19 @@ class Found:
             for row in rows or [{"name": ""}]
         ]
 
+    def kernels(self, name: str) -> list[Values]:
+        """The kernels that it has for an operator, whether or not they can run here."""
+        rows: list[Values] = self.description["kernels"].get(name, [])
+        return rows
+
     def record(self) -> BackendRecord:
         """For the report."""
         known = self.description
-        kernels = {name: tuple(row["name"] for row in rows) for name, rows in known["kernels"].items() if rows}
+        here = {
+            name: tuple(r["name"] for r in rows if not r.get("why_unavailable"))
+            for name, rows in known["kernels"].items()
+        }
+        absent = {r["name"]: r.get("why_unavailable") for rows in known["kernels"].values() for r in rows}
         return BackendRecord(
             name=self.name,
             distribution=known.get("distribution", ""),
@@ -109,7 +117,8 @@ class Found:
             arch=known.get("arch"),
             versions=known.get("versions", {}),
             why_unavailable=known["why_unavailable"],
-            kernels=kernels,
+            kernels={name: rows for name, rows in here.items() if rows},
+            unavailable_kernels={name: reason for name, reason in absent.items() if reason},
         )
 
 

@@ -95,7 +95,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class BackendRecord:
-    """A backend as the run found it."""
+    """A backend as the run found it; of its kernels, those that can run here, and the others with what they lack."""
 
     name: str
     distribution: str
@@ -105,6 +105,7 @@ class BackendRecord:
     versions: Mapping[str, str] = field(default_factory=dict)
     why_unavailable: str | None = None
     kernels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unavailable_kernels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,6 +107,10 @@ def lines_of_backend(report: Report, backend: str) -> Iterator[str]:
         counts = report.summary.by_operator[f"{backend}.{name}"]
         sign = "!" if any(counts[outcome] for outcome in FORBIDDEN) else " "
         yield f" {sign} {inert(name):<{width}}  {in_words(counts)}"
+    absent = [record.unavailable_kernels for record in report.backends if record.name == backend]
+    for reason in dict.fromkeys(reason for kernels in absent for reason in kernels.values()):
+        names = [name for kernels in absent for name, said in kernels.items() if said == reason]
+        yield f"   not here: {inert(', '.join(names))}: {first_line(reason)}"
     first = first_to_fix(cases)
     if first is not None:
         yield f"   Fix first: {inert(first.id)}"

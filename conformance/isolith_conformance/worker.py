@@ -78,6 +78,7 @@ class Bench:
         return [
             {
                 "name": f"{backend.name}.{kernel.name}",
+                "why_unavailable": kernel.requires.why_not_here(backend),
                 "nondeterministic": kernel.nondeterministic,
                 "batch_invariant": kernel.batch_invariant,
             }

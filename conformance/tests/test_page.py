@@ -204,6 +204,11 @@ def test_unavailable_backend_has_its_reason(make_report):
     assert "Not run: no CUDA device" in page(make_report(backends=(gone,)))
 
 
+def test_kernel_that_cannot_run_here_has_its_reason(make_report):
+    here = replace(make_report().backends[0], unavailable_kernels={"cpu.fast": "library <1> is not installed"})
+    assert "<code>cpu.fast</code>: library &lt;1&gt; is not installed" in page(make_report(backends=(here,)))
+
+
 def test_limit_itself_is_the_last_legal_bar():
     assert (bar_of(1.0), bar_of(1.0001)) == (31, 32)
 

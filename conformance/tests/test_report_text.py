@@ -50,6 +50,12 @@ def test_unavailable_backend_is_told_with_its_reason(make_report):
     assert "Backend cuda: not run: no CUDA device" in summary_text(make_report(backends=(gone,)))
 
 
+def test_kernel_that_cannot_run_here_is_told_with_its_reason(make_report):
+    report = make_report()
+    here = replace(report.backends[0], unavailable_kernels={"cpu.fast": "library is not installed"})
+    assert "not here: cpu.fast: library is not installed" in summary_text(make_report(backends=(here,)))
+
+
 def test_conformant_backend_is_told_beside_a_failing_one(make_report, make_case):
     text = summary_text(make_report(make_case(), make_case(backend="cuda", verdict="CRASH")))
     assert "  cpu by itself is conformant (standard)." in text

@@ -33,12 +33,14 @@ class Requires:
         contiguous: Whether every tensor argument must be contiguous.
         arch: A range such as ">=9.0" or "==5.x" over what the backend's `arch` returns.
         sdk: Ranges by distribution name, such as {"torch_npu": ">=2.8"}, over the backend's `versions`.
+        missing: Says what the kernel calls and this installation has not, where a version does not tell; or None.
     """
 
     dtypes: Dtypes | Mapping[str, Dtypes] = ()
     contiguous: bool = False
     arch: str = ""
     sdk: Mapping[str, str] = field(default_factory=dict)
+    missing: Callable[[], WhyNot] | None = None
 
     def why_not_here(self, backend: "Backend") -> WhyNot:
         """Refuse on grounds of the device and its software, whatever the arguments."""
@@ -52,7 +54,7 @@ class Requires:
                 return f"{name} is not installed; needs {name}{wanted}"
             if not in_range(versions[name], wanted):
                 return f"{name}={versions[name]}; needs {wanted}"
-        return None
+        return self.missing() if self.missing else None
 
     def why_not(self, arguments: Mapping[str, Any]) -> WhyNot:  # Any: a call's own values
         """Refuse on grounds of single arguments."""

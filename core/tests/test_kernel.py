@@ -61,3 +61,13 @@ def test_missing_software_is_refused(backend):
 def test_old_software_is_refused(backend):
     here = backend(versions=lambda: {"flash_mla": "0.9"})
     assert Requires(sdk={"flash_mla": ">=1"}).why_not_here(here) == "flash_mla=0.9; needs >=1"
+
+
+def test_what_the_installation_lacks_is_refused(backend):
+    assert Requires(missing=lambda: "flash_mla has no run").why_not_here(backend()) == "flash_mla has no run"
+    assert Requires(missing=lambda: None).why_not_here(backend()) is None
+
+
+def test_nothing_is_looked_for_on_a_device_that_does_not_do(backend):
+    requires = Requires(arch=">=9", missing=lambda: pytest.fail("it imports a library"))
+    assert requires.why_not_here(backend(arch=lambda: "8.6")) == "arch=8.6; needs >=9"

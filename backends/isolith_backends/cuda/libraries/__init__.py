@@ -23,7 +23,7 @@ def attempt(name: str) -> ModuleType | str:
 
 
 def library(name: str) -> Any:  # Any: libraries without types
-    """The library, for a kernel whose `why_not` has looked for it."""
+    """The library, for a kernel that requires it."""
     return attempt(name)
 
 

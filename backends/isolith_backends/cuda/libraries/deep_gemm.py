@@ -9,6 +9,8 @@ queries in e4m3 whose scales the caller folds into the weights, and a plan made 
 `get_paged_mqa_logits_metadata`, which reads out of bounds when all lengths are 0; columns behind a length are garbage.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -57,19 +59,25 @@ def grouped_gemm_refused(
     out_dtype: str,
     **_: object,
 ) -> WhyNot:
-    function = "m_grouped_bf16_gemm_nt_contiguous"
-    if x.dtype == E4M3:
-        function = "m_grouped_fp8_fp4_gemm_nt_contiguous"
-        if (act_group, block_n, block_k) != (BLOCK, BLOCK, BLOCK):
-            return f"scales for {act_group}, {block_n} x {block_k}; takes 128, 128 x 128"
+    if x.dtype == E4M3 and (act_group, block_n, block_k) != (BLOCK, BLOCK, BLOCK):
+        return f"scales for {act_group}, {block_n} x {block_k}; takes 128, 128 x 128"
     if x.dtype != weight.dtype:
         return f"x is {x.dtype}, weight {weight.dtype}; takes them alike"
-    return lacks("deep_gemm", function) or segments_refused(x, weight, alignment, out_dtype)
+    return segments_refused(x, weight, alignment, out_dtype)
+
+
+def grouped_products_missing() -> WhyNot:
+    names = "m_grouped_bf16_gemm_nt_contiguous", "m_grouped_fp8_fp4_gemm_nt_contiguous"
+    return next((missing for name in names if (missing := lacks("deep_gemm", name))), None)
 
 
 @implements(
     ops.moe.grouped_gemm,
-    requires=Requires(dtypes={"x": (torch.bfloat16, E4M3), "weight": (torch.bfloat16, E4M3)}, arch=ARCH),
+    requires=Requires(
+        dtypes={"x": (torch.bfloat16, E4M3), "weight": (torch.bfloat16, E4M3)},
+        arch=ARCH,
+        missing=grouped_products_missing,
+    ),
     why_not=grouped_gemm_refused,
 )
 def grouped_gemm_deep_gemm(
@@ -105,9 +113,6 @@ def quant_linear_refused(
     out_dtype: str,
     **_: object,
 ) -> WhyNot:
-    missing = lacks("deep_gemm", "fp8_fp4_gemm_nt", "a", "b", "d")
-    if missing:
-        return missing
     if x.dtype != E4M3 and resolve_act_quant(act_quant, weight) != "fp8":
         return f"act_quant={act_quant}; takes activations in e4m3, or quantises them so"
     if (act_group, block_n, block_k) != (BLOCK, BLOCK, BLOCK):
@@ -123,7 +128,11 @@ def quant_linear_refused(
 
 @implements(
     ops.quant.quant_linear,
-    requires=Requires(dtypes={"x": (E4M3, *DEVICE_FLOAT), "weight": (E4M3,)}, arch=ARCH),
+    requires=Requires(
+        dtypes={"x": (E4M3, *DEVICE_FLOAT), "weight": (E4M3,)},
+        arch=ARCH,
+        missing=partial(lacks, "deep_gemm", "fp8_fp4_gemm_nt", "a", "b", "d"),
+    ),
     why_not=quant_linear_refused,
 )
 def quant_linear_deep_gemm(
@@ -149,9 +158,6 @@ def quant_linear_deep_gemm(
 
 
 def indexer_score_refused(q: Tensor, k_cache: Tensor, max_entries: int, **_: object) -> WhyNot:
-    missing = lacks("deep_gemm", "fp8_fp4_paged_mqa_logits", "context_lens", "schedule_meta", "clean_logits")
-    if missing:
-        return missing
     if k_cache.dtype != torch.uint8 or k_cache.shape[2] != 132:
         return f"keys are {k_cache.shape[2]} x {k_cache.dtype}; takes entries of 132 bytes"
     if k_cache.shape[1] != PAGE:
@@ -161,7 +167,14 @@ def indexer_score_refused(q: Tensor, k_cache: Tensor, max_entries: int, **_: obj
     return "no entries" if max_entries == 0 or q.shape[0] == 0 or k_cache.shape[0] == 0 else None
 
 
-@implements(ops.attention.indexer_score, requires=Requires(dtypes=(E4M3,), arch=ARCH), why_not=indexer_score_refused)
+LOGITS = "fp8_fp4_paged_mqa_logits", "context_lens", "schedule_meta", "clean_logits"
+
+
+@implements(
+    ops.attention.indexer_score,
+    requires=Requires(dtypes=(E4M3,), arch=ARCH, missing=partial(lacks, "deep_gemm", *LOGITS)),
+    why_not=indexer_score_refused,
+)
 def indexer_score_deep_gemm(
     q: Tensor,
     weights: Tensor,

@@ -7,6 +7,8 @@ a natural logarithm without the sink; no valid index gives 0 and +inf. The objec
 filled by a kernel in the first call and holds for its lengths alone, so every call gets a new one.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -49,8 +51,7 @@ def shape_refused(q: Tensor, indices: Tensor, value_dim: int) -> WhyNot:
 def decode_refused(
     q: Tensor, kv_cache: Tensor, indices: Tensor, extra_kv_cache: Tensor | None, value_dim: int, **_: object
 ) -> WhyNot:
-    missing = lacks("flash_mla", "flash_mla_with_kvcache", "indices", "attn_sink", "extra_k_cache", "topk_length")
-    refused = missing or shape_refused(q, indices, value_dim)
+    refused = shape_refused(q, indices, value_dim)
     if refused:
         return refused
     for name, cache in (("kv_cache", kv_cache), ("extra_kv_cache", extra_kv_cache)):
@@ -59,7 +60,14 @@ def decode_refused(
     return None
 
 
-@implements(ops.attention.sparse_attn, requires=Requires(dtypes=(torch.bfloat16,), arch=ARCH), why_not=decode_refused)
+DECODE = "flash_mla_with_kvcache", "indices", "attn_sink", "extra_k_cache", "topk_length"
+
+
+@implements(
+    ops.attention.sparse_attn,
+    requires=Requires(dtypes=(torch.bfloat16,), arch=ARCH, missing=partial(lacks, "flash_mla", *DECODE)),
+    why_not=decode_refused,
+)
 def sparse_attn_flash_mla(
     q: Tensor,
     kv_cache: Tensor,
@@ -104,7 +112,7 @@ def sparse_attn_flash_mla(
 def prefill_refused(
     q: Tensor, kv_cache: Tensor, indices: Tensor, extra_kv_cache: Tensor | None, value_dim: int, **_: object
 ) -> WhyNot:
-    refused = lacks("flash_mla", "flash_mla_sparse_fwd", "attn_sink") or shape_refused(q, indices, value_dim)
+    refused = shape_refused(q, indices, value_dim)
     if refused:
         return refused
     if extra_kv_cache is not None:
@@ -114,7 +122,14 @@ def prefill_refused(
     return None if kv_cache.is_contiguous() else f"kv_cache is not contiguous; strides {tuple(kv_cache.stride())}"
 
 
-@implements(ops.attention.sparse_attn, requires=Requires(dtypes=(torch.bfloat16,), arch=ARCH), why_not=prefill_refused)
+PREFILL = "flash_mla_sparse_fwd", "attn_sink"
+
+
+@implements(
+    ops.attention.sparse_attn,
+    requires=Requires(dtypes=(torch.bfloat16,), arch=ARCH, missing=partial(lacks, "flash_mla", *PREFILL)),
+    why_not=prefill_refused,
+)
 def sparse_attn_flash_mla_prefill(
     q: Tensor,
     kv_cache: Tensor,

@@ -14,9 +14,12 @@ from isolith.dtypes import FLOAT_NAMES
 UNIT = 16  # bytes
 
 
+def grouped_mm_missing() -> WhyNot:
+    has = hasattr(torch.nn.functional, "grouped_mm")
+    return None if has else f"torch {torch.__version__} has no grouped_mm; 2.10 has"
+
+
 def grouped_gemm_refused(x: Tensor, weight: Tensor, alignment: int, out_dtype: str, **_: object) -> WhyNot:
-    if not hasattr(torch.nn.functional, "grouped_mm"):
-        return f"torch {torch.__version__} has no grouped_mm; 2.10 has"
     if x.dim() != 2:
         return "x is [experts rows inputs]; takes rows of all experts"
     if FLOAT_NAMES[out_dtype] != x.dtype:
@@ -33,7 +36,9 @@ def grouped_gemm_refused(x: Tensor, weight: Tensor, alignment: int, out_dtype: s
 
 @implements(
     ops.moe.grouped_gemm,
-    requires=Requires(dtypes={"x": (torch.bfloat16,), "weight": (torch.bfloat16,)}, arch=">=9.0"),
+    requires=Requires(
+        dtypes={"x": (torch.bfloat16,), "weight": (torch.bfloat16,)}, arch=">=9.0", missing=grouped_mm_missing
+    ),
     why_not=grouped_gemm_refused,
 )
 def grouped_gemm_torch(

@@ -13,7 +13,7 @@ before and is not part of it. Products and sums in float32, in any order; u may 
 Source: arXiv:2606.19348, 2.3.3; DeepSeek-V4 inference/model.py, Attention.forward (wo_a einsum, wo_b).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,9 +32,16 @@ from isolith.numerics.scaled_matmul import (
     resolve_act_quant,
 )
 from isolith.operator import Cost, Operator
-from isolith.ops.quant.quant_linear import made_weight, quantised, sum_in_order
+from isolith.ops.quant.quant_linear import (
+    made_weight,
+    quantised,
+    quantised_downwards,
+    quantised_upwards,
+    sum_in_order,
+)
 from isolith.ops.quant.quant_linear import reference as quant_linear
 from isolith.sample import ErrorSample, Make, Relation, Sample
+from isolith.variants import Given, variant_of
 
 
 def reference(
@@ -64,6 +71,7 @@ def first_step(
     scale_format: str,
     block_n: int,
     block_k: int,
+    quantised: Callable[..., tuple[Tensor, Tensor | None]] = quantised,
 ) -> Tensor:
     """u [tokens, groups, rank], widened."""
     o, wide = grouped(x, wo_a), widen(x.dtype)
@@ -117,6 +125,30 @@ def group_by_group(
         scale = None if wo_a_scale is None else wo_a_scale[group]
         steps.append(sum_in_order(o[:, group], wo_a[group], scale, None, act_quant_a, *rules))
     return sum_in_order(torch.cat(steps, dim=-1), wo_b, wo_b_scale, None, act_quant_b, *rules)
+
+
+def of_codes(given: Given, quantise: Callable[..., tuple[Tensor, Tensor | None]]) -> Tensor:
+    """Both steps with activations quantised in another way."""
+    x, (act_group, scale_format) = given["x"], (given["act_group"], given["scale_format"])
+    block_n, block_k = given["block_n"], given["block_k"]
+    first = (given["act_quant_a"], act_group, scale_format, block_n, block_k)
+    u = first_step(x, given["wo_a"], given["wo_a_scale"], *first, quantise).to(x.dtype)
+    kind = resolve_act_quant(given["act_quant_b"], given["wo_b"])
+    codes, scale = quantise(u.flatten(1), kind, act_group, scale_format)
+    rules = (act_group, scale_format, block_n, block_k, dtype_name(x.dtype))
+    return quant_linear(codes, given["wo_b"], given["wo_b_scale"], scale, "none", *rules)
+
+
+@variant_of(reference)
+def codes_upwards(given: Given) -> Tensor:
+    """Quantise what lies between two codes to the larger."""
+    return of_codes(given, quantised_upwards)
+
+
+@variant_of(reference)
+def codes_downwards(given: Given) -> Tensor:
+    """Quantise what lies between two codes to the smaller."""
+    return of_codes(given, quantised_downwards)
 
 
 def fake(x: Tensor, wo_b: Tensor, **_: object) -> Tensor:
@@ -276,7 +308,7 @@ grouped_output_proj = Operator(
         "wo_b_scale": SCALE,
     },
     reference=reference,
-    variants=(wide_between, group_by_group),
+    variants=(wide_between, group_by_group, codes_upwards, codes_downwards),
     fake=fake,
     check=check,
     cost=cost,

@@ -19,8 +19,6 @@ Source: DeepSeek-V4 inference/model.py, MoE.forward and Expert.forward; DeepGEMM
 unfused pipeline).
 """
 
-import functools
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -50,13 +48,16 @@ from isolith.ops.moe.moe_unpermute import moe_unpermute
 from isolith.ops.moe.swiglu import swiglu
 from isolith.ops.quant.act_quant_fp8 import act_quant_fp8
 from isolith.ops.quant.act_quant_int8 import act_quant_int8
-from isolith.ops.quant.quant_linear import quant_linear
+from isolith.ops.quant.quant_linear import codes_downwards as linear_of_codes_downwards
+from isolith.ops.quant.quant_linear import codes_upwards as linear_of_codes_upwards
+from isolith.ops.quant.quant_linear import quant_linear, quantised_downwards, quantised_upwards
 from isolith.sample import ErrorSample, Make, Relation, Sample
+from isolith.variants import Given, variant_of
 
 PARTS = ("moe_permute", "act_quant_fp8", "act_quant_int8", "grouped_gemm", "swiglu", "quant_linear", "moe_unpermute")
 
-Expert = Sequence[Any]  # Any: Tensor, or None where there is none
-"""w13, w2 and their scales."""
+Quantise = Callable[[Tensor, Tensor, str, int, str], tuple[Tensor, Tensor | None]]
+Expert = Sequence[Any]  # Any: Tensor, or None where there is none; w13, w2 and their scales
 
 
 def reference(
@@ -85,6 +86,16 @@ def reference(
     return compose(grouped_gemm, x, topk_idx, topk_weights, routed, shared, swiglu_limit, weight_before_down, how)
 
 
+def quantised(
+    x: Tensor, weight: Tensor, act_quant: str, act_group: int, scale_format: str
+) -> tuple[Tensor, Tensor | None]:
+    """Activations as this weight wants them, and their scale."""
+    kind = resolve_act_quant(act_quant, weight)
+    if kind == "fp8":
+        return act_quant_fp8(x, act_group, scale_format)
+    return act_quant_int8(x) if kind == "int8" else (x, None)
+
+
 def compose(
     gemm: Callable[..., Tensor],
     x: Tensor,
@@ -95,8 +106,10 @@ def compose(
     swiglu_limit: float,
     weight_before_down: bool,
     how: tuple[str, int, str, int, int, str],
+    quantised: Quantise = quantised,
+    quant_linear: Callable[..., Tensor] = quant_linear,
 ) -> Tensor:
-    """The layer with a given grouped product; `how` ends with the dtype that products give."""
+    """The layer with given parts; `how` ends with the dtype that products give."""
     (w13, w2, w13_scale, w2_scale), (shared_w13, shared_w2, shared_w13_scale, shared_w2_scale) = routed, shared
     act_quant, act_group, scale_format, block_n, block_k, between = how
     blocks = (act_group, block_n, block_k, between)
@@ -115,60 +128,59 @@ def compose(
     return moe_unpermute(down, pair_to_pos, None if weight_before_down else topk_weights, residual).to(x.dtype)
 
 
-def quantised(
-    x: Tensor, weight: Tensor, act_quant: str, act_group: int, scale_format: str
-) -> tuple[Tensor, Tensor | None]:
-    """Activations as this weight wants them, and their scale."""
-    kind = resolve_act_quant(act_quant, weight)
-    if kind == "fp8":
-        return act_quant_fp8(x, act_group, scale_format)
-    return act_quant_int8(x) if kind == "int8" else (x, None)
-
-
 def weight_of_rows(topk_weights: Tensor, pos_to_pair: Tensor) -> Tensor:
     """The routing weight of each row; 0 where a row has no pair."""
     return torch.where(pos_to_pair >= 0, topk_weights.flatten()[pos_to_pair.clamp(min=0)], 0.0)
 
 
-Given = dict[str, Any]  # Any: the operator's arguments, by name
-
-
-def like_reference(variant: Callable[[Given], Tensor]) -> Callable[..., Tensor]:
-    """A variant of a dictionary of arguments, as a function with the reference's signature."""
-    signature = inspect.signature(reference)
-
-    @functools.wraps(variant)
-    def call(*args: Any, **kwargs: Any) -> Tensor:  # Any: the operator's arguments
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        return variant(bound.arguments)
-
-    call.__signature__ = signature  # type: ignore[attr-defined]  # read by inspect alone
-    return call
-
-
-def compose_given(gemm: Callable[..., Tensor], between: torch.dtype, given: Given) -> Tensor:
+def compose_given(
+    gemm: Callable[..., Tensor],
+    between: torch.dtype,
+    given: Given,
+    parts: tuple[Quantise, Callable[..., Tensor]] = (quantised, quant_linear),
+) -> Tensor:
     """The layer for a dictionary of arguments."""
     names = ("w13", "w2", "w13_scale", "w2_scale")
     routed, shared = ([given[prefix + name] for name in names] for prefix in ("", "shared_"))
     how = [given[name] for name in ("act_quant", "act_group", "scale_format", "block_n", "block_k")]
     rest = (given["swiglu_limit"], given["weight_before_down"], (*how, dtype_name(between)))
-    return compose(gemm, given["x"], given["topk_idx"], given["topk_weights"], routed, shared, *rest)
+    return compose(gemm, given["x"], given["topk_idx"], given["topk_weights"], routed, shared, *rest, *parts)
 
 
-@like_reference
+@variant_of(reference)
 def rounded_between(given: Given) -> Tensor:
     """Round to the dtype of x after every product and activation."""
     return compose_given(grouped_gemm, given["x"].dtype, given)
 
 
-@like_reference
+@variant_of(reference)
 def sums_in_order(given: Given) -> Tensor:
     """Add up the columns of the routed products in order."""
     return compose_given(in_order, widen(given["x"].dtype), given)
 
 
-@like_reference
+def of_codes(given: Given, quantise: Callable[..., Any], quant_linear: Callable[..., Tensor]) -> Tensor:
+    """The layer with activations quantised in another way."""
+
+    def quantised(x: Tensor, weight: Tensor, act_quant: str, *rules: Any) -> Any:
+        return quantise(x, resolve_act_quant(act_quant, weight), *rules)
+
+    return compose_given(grouped_gemm, widen(given["x"].dtype), given, (quantised, quant_linear))
+
+
+@variant_of(reference)
+def codes_upwards(given: Given) -> Tensor:
+    """Quantise what lies between two codes to the larger."""
+    return of_codes(given, quantised_upwards, linear_of_codes_upwards)
+
+
+@variant_of(reference)
+def codes_downwards(given: Given) -> Tensor:
+    """Quantise what lies between two codes to the smaller."""
+    return of_codes(given, quantised_downwards, linear_of_codes_downwards)
+
+
+@variant_of(reference)
 def weight_on_the_other_side(given: Given) -> Tensor:
     """Multiply by the routing weight on the other side of the down projection, where nothing is quantised there."""
     if resolve_act_quant(given["act_quant"], given["w2"]) == "none":
@@ -376,7 +388,7 @@ fused_moe = Operator(
         **dict.fromkeys(("w13_scale", "w2_scale", "shared_w13_scale", "shared_w2_scale"), SCALE),
     },
     reference=reference,
-    variants=(rounded_between, sums_in_order, weight_on_the_other_side),
+    variants=(rounded_between, sums_in_order, weight_on_the_other_side, codes_upwards, codes_downwards),
     fake=fake,
     check=check,
     check_values=check_values,

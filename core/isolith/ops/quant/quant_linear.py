@@ -17,8 +17,9 @@ sum or, for int8, the int32 sum. K = 0 gives zeros. Without scales it is x W^T, 
 Source: DeepSeek-V4 inference/model.py, linear; DeepSeek-V3 inference/kernel.py, fp8_gemm; DeepGEMM 54e2261 README.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 from isolith.dtypes import E4M3, FLOAT, FLOAT_NAMES, INT8, PACKED, SCALE, dtype_name, widen
 from isolith.errors import ArgumentError
 from isolith.materials.relations_products import relations_of_linear
-from isolith.numerics.codes import check_at_least_one, check_out_dtype, check_scale_format, decode
+from isolith.numerics.codes import check_at_least_one, check_out_dtype, check_scale_format, decode, spread_groups
 from isolith.numerics.scaled_matmul import (
     QUANTISED,
     blocks_of,
@@ -41,9 +42,12 @@ from isolith.numerics.scaled_matmul import (
     scale_shape,
 )
 from isolith.operator import Cost, Operator
+from isolith.ops.quant.act_quant_fp8 import codes as e4m3_codes
 from isolith.ops.quant.act_quant_fp8 import reference as act_quant_fp8
+from isolith.ops.quant.act_quant_int8 import codes as int8_codes
 from isolith.ops.quant.act_quant_int8 import reference as act_quant_int8
 from isolith.sample import ErrorSample, Make, Relation, Sample
+from isolith.variants import Given, variant_of
 
 
 def reference(
@@ -71,6 +75,26 @@ def quantised(x: Tensor, act_quant: str, act_group: int, scale_format: str) -> t
     if act_quant == "fp8":
         return act_quant_fp8(x, act_group, scale_format)
     return act_quant_int8(x) if act_quant == "int8" else (x, None)
+
+
+def quantised_nearby(
+    x: Tensor, kind: str, act_group: int, scale_format: str, part: float
+) -> tuple[Tensor, Tensor | None]:
+    """As `quantised`, with quotients larger by `part` of themselves before they are rounded.
+
+    Dividing by a scale and multiplying by its inverse give quotients that differ in their last bits, so that one
+    between two codes becomes either. Nothing differs where scales are powers of two.
+    """
+    codes, scale = quantised(x, kind, act_group, scale_format)
+    if scale is None or (kind == "fp8" and scale_format == "ue8m0"):
+        return codes, scale
+    group = act_group if kind == "fp8" else max(x.shape[-1], 1)
+    quotients = x.to(torch.float32) / spread_groups(scale, x.shape[-1], group) * (1 + part)
+    return (e4m3_codes if kind == "fp8" else int8_codes)(quotients), scale
+
+
+quantised_upwards = functools.partial(quantised_nearby, part=2.0**-22)
+quantised_downwards = functools.partial(quantised_nearby, part=-(2.0**-22))
 
 
 def compute_dtype(x: Tensor, out_dtype: str) -> torch.dtype:
@@ -132,6 +156,26 @@ def scaled_sums(
             total = total * scale.repeat_interleave(rows)[: weight.shape[0]]
         y += total
     return y.to(FLOAT_NAMES[out_dtype])
+
+
+def of_codes(given: Given, quantise: Callable[..., tuple[Tensor, Tensor | None]]) -> Tensor:
+    """The product of activations quantised in another way."""
+    if given["x_scale"] is None:
+        kind = resolve_act_quant(given["act_quant"], given["weight"])
+        given["x"], given["x_scale"] = quantise(given["x"], kind, given["act_group"], given["scale_format"])
+    return reference(**given)
+
+
+@variant_of(reference)
+def codes_upwards(given: Given) -> Tensor:
+    """Quantise what lies between two codes to the larger."""
+    return of_codes(given, quantised_upwards)
+
+
+@variant_of(reference)
+def codes_downwards(given: Given) -> Tensor:
+    """Quantise what lies between two codes to the smaller."""
+    return of_codes(given, quantised_downwards)
 
 
 def fake(x: Tensor, weight: Tensor, out_dtype: str, **_: object) -> Tensor:
@@ -336,7 +380,7 @@ quant_linear = Operator(
         "x_scale": SCALE,
     },
     reference=reference,
-    variants=(sum_in_order, scaled_sums),
+    variants=(sum_in_order, scaled_sums, codes_upwards, codes_downwards),
     fake=fake,
     check=check,
     cost=cost,

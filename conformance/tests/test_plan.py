@@ -1,0 +1,35 @@
+from typing import cast
+
+import pytest
+
+from isolith_conformance.plan import Found
+from isolith_conformance.runner import Runner
+
+
+@pytest.fixture
+def found():
+    rows = [
+        {"name": "cuda.rms_norm_library", "why_unavailable": "library is not installed"},
+        {"name": "cuda.rms_norm", "why_unavailable": None},
+    ]
+    description = {
+        "why_unavailable": None,
+        "device": "cuda",
+        "native": False,
+        "kernels": {"rms_norm": rows, "swiglu": rows[:1], "rope": []},
+    }
+    return Found(name="cuda", runner=cast(Runner, None), description=description)
+
+
+def test_a_kernel_that_cannot_run_here_has_no_cases(found):
+    assert [unit.kernel for unit in found.units_of("rms_norm")] == ["cuda.rms_norm"]
+
+
+def test_an_operator_whose_kernels_cannot_run_here_is_without_one(found):
+    assert [unit.kernel for unit in found.units_of("swiglu")] == [""]
+
+
+def test_a_report_tells_which_kernels_cannot_run_here_and_why(found):
+    record = found.record()
+    assert record.kernels == {"rms_norm": ("cuda.rms_norm",)}
+    assert record.unavailable_kernels == {"cuda.rms_norm_library": "library is not installed"}
