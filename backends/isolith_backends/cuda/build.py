@@ -4,7 +4,7 @@
 
 Each function of this backend is called on tensors without memory, once for every call of `isolith.models` and every
 sample tagged "model"; the launches that it would make are compiled to machine code. A row says how many registers and
-how much shared memory a program takes, and how many instructions move spilled registers.
+how much shared memory a program takes, and how many instructions move spilled registers, in loops and elsewhere.
 """
 
 import argparse
@@ -68,6 +68,8 @@ class Row:
     """Bytes."""
     spills: int
     """Instructions that load or store a spilled register."""
+    spills_in_loops: int
+    """Those of them that stand in a loop."""
     problem: str | None = None
     """Why it cannot run: it does not compile, or it takes more than a multiprocessor has."""
 
@@ -109,9 +111,10 @@ def rows(operators: Iterable[AnyOperator], archs: Iterable[int]) -> Iterator[Row
 
 
 def launches(kernel: Kernel[..., Any], arguments: Arguments, arch: int) -> list[Launch]:  # Any: any kernel
-    """What a kernel would launch for a call; nothing where it refuses the call."""
+    """What a kernel would launch for a call; nothing where it refuses the call, or its library is not here."""
+    missing = kernel.requires.missing
     with noting(arch) as noted:
-        if refusal(kernel, arguments) is None:
+        if (missing is None or missing() is None) and refusal(kernel, arguments) is None:
             kernel.fn(**arguments)
     return noted
 
@@ -151,18 +154,19 @@ def compiled(launch: Launch, arch: int, operator: str, call: str) -> Row:
         made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # the compiler raises many kinds; each is this row's result
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
-        return Row(**row, registers=0, shared=0, spills=0, problem=reason)
-    registers, spills = measured(made.asm["cubin"])
+        return Row(**row, registers=0, shared=0, spills=0, spills_in_loops=0, problem=reason)
+    registers, spills, spills_in_loops = measured(made.asm["cubin"])
     shared, problem = made.metadata.shared, None
     if shared > SHARED[arch] * 1024:
         problem = f"takes {shared} bytes of shared memory; sm_{arch} has {SHARED[arch] * 1024}"
     elif registers * 32 * launch.warps > REGISTERS:
         problem = f"takes {registers * 32 * launch.warps} registers; a multiprocessor has {REGISTERS}"
-    return Row(**row, registers=registers, shared=shared, spills=spills, problem=problem)
+    figures = {"registers": registers, "shared": shared, "spills": spills, "spills_in_loops": spills_in_loops}
+    return Row(**row, **figures, problem=problem)
 
 
-def measured(cubin: bytes) -> tuple[int, int]:
-    """(registers of a thread, instructions that move spilled ones)."""
+def measured(cubin: bytes) -> tuple[int, int, int]:
+    """(registers of a thread, instructions that move spilled ones, those of them in loops)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -170,7 +174,17 @@ def measured(cubin: bytes) -> tuple[int, int]:
         code = tool("nvdisasm", "-c", file.name)
     found = re.search(r"REG:(\d+)", usage)
     assert found, "cuobjdump prints the registers of every kernel"
-    return int(found[1]), len(re.findall(r"\b(?:STL|LDL)\b", code))
+    lines = code.splitlines()
+    spills = [number for number, line in enumerate(lines) if re.search(r"\b(?:STL|LDL)\b", line)]
+    loops = loops_in(lines)
+    return int(found[1]), len(spills), sum(any(first < at < last for first, last in loops) for at in spills)
+
+
+def loops_in(lines: list[str]) -> list[tuple[int, int]]:
+    """(first, last) line of every loop of a disassembled kernel: from a label to a branch back to it."""
+    labels = {line.strip().rstrip(":"): number for number, line in enumerate(lines) if line.strip().startswith(".L_")}
+    branches = ((number, re.search(r"\bBRA\b.*?(\.L_\w+)", line)) for number, line in enumerate(lines))
+    return [(labels[to[1]], at) for at, to in branches if to and labels.get(to[1], at) < at]
 
 
 def tool(name: str, *args: str) -> str:
@@ -193,10 +207,10 @@ def main() -> None:
     options = parser.parse_args()
     chosen = [operator for name, operator in OPERATORS.items() if options.operator in (None, name)]
     made = []
-    print(f"{'kernel':28} {'call':34} arch warps registers  shared spills")
+    print(f"{'kernel':28} {'call':34} arch warps registers  shared spills in loops")
     for row in rows(chosen, options.arch):
         made.append(row)
-        figures = f"{row.arch:4} {row.warps:5} {row.registers:9} {row.shared:7} {row.spills:6}"
+        figures = f"{row.arch:4} {row.warps:5} {row.registers:9} {row.shared:7} {row.spills:6} {row.spills_in_loops:8}"
         print(f"{row.kernel:28} {row.operator + ' ' + row.call:34} {figures}  {row.problem or ''}", flush=True)
     if options.report:
         report = {"triton": triton.__version__, "kernels": [asdict(row) for row in made]}

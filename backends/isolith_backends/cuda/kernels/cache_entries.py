@@ -97,6 +97,9 @@ def part_of_entries(
     elif FORMAT == 656 and FIRST < 512:
         tl.static_assert(WIDTH <= 128, "a scale covers 128 codes")
         tile = values_of_codes(POOL, address, valid, FIRST, WIDTH, 512, FP8)
+    elif FORMAT == 584 and FIRST >= 448:
+        inside = valid[:, None] & (dim < DIM)[None, :]
+        tile = tl.load(HALVES + (address // 2 + 224)[:, None] + (dim - 448)[None, :], mask=inside, other=0.0)
     elif FORMAT == 656:
         inside = valid[:, None] & (dim < DIM)[None, :]
         tile = tl.load(HALVES + (address // 2 + 264)[:, None] + (dim - 512)[None, :], mask=inside, other=0.0)

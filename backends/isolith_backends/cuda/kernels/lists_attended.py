@@ -101,19 +101,24 @@ TENSOR = {
 }
 """Products on tensor cores, by the least capability. From 9.0 on entries are the rows of a product, of which it takes
 64 at a time. 64 heads would widen each entry once instead of twice for V4-Flash, and spill (Triton 3.9)."""
+CODES = {"columns": 32, "stages": 3}
+"""For entries in bytes: widening 64 columns at once takes more registers than there are (Triton 3.9, sm_90)."""
 EXACT = Tiles(heads=16, columns=16, warps=4, stages=1)
 """Products in float32, which no tensor core makes."""
 
 
-def tiles_of(heads: int, dim: int, precision: str, arch: int, twice: bool) -> Tiles:
-    """The tiles for so many heads of that width: narrow entries come in more columns, up to 256.
+def tiles_of(heads: int, pools: list[Pool], precision: str, arch: int, twice: bool) -> Tiles:
+    """The tiles for so many heads and entries of these pools: narrow entries come in more columns, up to 256.
 
     A query in two parts takes twice the room, so that only half of the heads find it.
     """
+    dim = pools[0].dim
     if precision == "ieee":
         tiles = EXACT
     else:
         tiles = TENSOR[max(least for least in TENSOR if least <= arch)]
+        if any(pool.format for pool in pools):
+            tiles = replace(tiles, **CODES)
     wider = max(1, min(4 * PIECE // power_of_two(dim), 256 // tiles.columns))
     most = tiles.heads // 2 if twice else tiles.heads
     return replace(tiles, heads=power_of_two(heads, NARROWEST, most), columns=tiles.columns * wider)
@@ -154,7 +159,7 @@ def attention(
     out_dtype = out_dtype or q.dtype
     dtype, precision = types_of(out_dtype, lists)
     twice = q.dtype == torch.float32 and dtype != torch.float32
-    tiles = tiles_of(heads, dim, precision, capability(q.device), twice)
+    tiles = tiles_of(heads, [each.pool for each in lists], precision, capability(q.device), twice)
     groups = ceil_div(heads, tiles.heads)
     splits = splits_of(tokens * groups, tiles, lists)
     out = q.new_empty(tokens, heads, value_dim, dtype=out_dtype)

@@ -291,8 +291,11 @@ def samples_of_batches(make: Make) -> Iterator[Sample]:
     call = functools.partial(batch_of_lists, make)
     flash = call([1, 1], [128, 144], [700, 650], 64, 512, (128, 512))
     yield Sample("flash_decode", "model", **flash)
-    quantised = {"kv_cache": byte_pool(make, 584, 18, 16), "extra_kv_cache": byte_pool(make, 584, 24, 61)}
+    quantised = {"kv_cache": byte_pool(make, 584, 18, 16), "extra_kv_cache": byte_pool(make, 584, 24, 64)}
     yield Sample("flash_decode_584_bytes", "model", **flash | quantised)
+    odd = call([2, 1], [20, 16], [100, 61], 3, 512, (24, 40))
+    quantised = {name: byte_pool(make, 584, *odd[name].shape[:2]) for name in ("kv_cache", "extra_kv_cache")}
+    yield Sample("584_bytes_in_odd_blocks", **odd | quantised)
     ragged = call([3, 0, 5, 1], [40, 30, 7, 16], [12, 0, 200, 61], 8, 48, (20, 33))
     yield Sample("ragged_two_pools", **ragged)
     lengths = {"topk_length": make.integers(0, 25, 9), "extra_topk_length": make.integers(-1, 33, 9)}
