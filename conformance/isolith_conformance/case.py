@@ -33,6 +33,7 @@ class Unit:
         operator: The operator's or layer's name.
         kernel: The candidate as `explain` spells it; "" for an operator that the backend has nothing for.
         device: The torch device type that it runs on.
+        simulated: That device is simulated in the host's memory.
         native: The backend's own implementation is the reference.
         nondeterministic: Declared: two runs may differ.
         batch_invariant: Claimed: a row does not depend on the others.
@@ -42,9 +43,15 @@ class Unit:
     operator: str
     kernel: str
     device: str = "cpu"
+    simulated: bool = False
     native: bool = False
     nondeterministic: bool = False
     batch_invariant: bool = False
+
+    @property
+    def on_a_host(self) -> bool:
+        """Whether it has no more than a host's memory, speed and order of work."""
+        return self.device == "cpu" or self.simulated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +245,7 @@ def cases(
 
 def fits(kind: Check, tags: frozenset[str], scope: Scope, unit: Unit) -> bool:
     """Whether a check takes samples with these tags."""
-    if (unit.device == "cpu" and tags & NEVER_ON_A_HOST) or (scope == "quick" and tags & {"model", "slow"}):
+    if (unit.on_a_host and tags & NEVER_ON_A_HOST) or (scope == "quick" and tags & {"model", "slow"}):
         return False
     if kind.without and kind.without in tags:
         return False

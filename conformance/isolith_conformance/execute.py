@@ -271,7 +271,7 @@ def kept(buffers: dict[str, Tensor], options: Options) -> dict[str, Tensor]:
 def synchronise(device: torch.device) -> None:
     """Wait for the device."""
     if device.type != "cpu":
-        torch.accelerator.synchronize()
+        torch.get_device_module(device).synchronize()
 
 
 def stir(calls: int, device: torch.device) -> None:

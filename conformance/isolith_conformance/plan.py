@@ -89,6 +89,7 @@ class Found:
                 operator=name,
                 kernel=row["name"],
                 device=self.description["device"],
+                simulated=self.description.get("simulated", False),
                 native=native,
                 nondeterministic=row.get("nondeterministic", False),
                 batch_invariant=row.get("batch_invariant", False),

@@ -27,7 +27,7 @@ def test_rows_far_behind_in_memory_are_right(trial: Trial) -> None:
     chosen = [row % rows.count for row in range(odd_prime(rows.count))]
     small = rows.take(chosen)
     largest = max((small[name].numel() for name in rows.names), default=1)
-    most = ON_A_HOST if trial.case.unit.device == "cpu" else ON_A_DEVICE
+    most = ON_A_HOST if trial.case.unit.on_a_host else ON_A_DEVICE
     repeats = max(2, -(-most // largest))
     copies = corners(small, rows, repeats)
     response = trial.run(small, rows=rows.names, repeats=repeats, copies=tuple(copies))

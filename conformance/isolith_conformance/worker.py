@@ -23,6 +23,7 @@ from isolith.dispatch import Dispatcher, Recorder, call, using
 from isolith.errors import IsolithError
 from isolith.operator import AnyOperator
 from isolith.registry import Registry
+from isolith.simulated import is_simulated
 from isolith_conformance import wire
 from isolith_conformance.execute import Declined, Options, Response, Values, run
 from isolith_conformance.layers import UNITS
@@ -65,6 +66,7 @@ class Bench:
         return {
             **known,
             "device": self.backend.device_type,
+            "simulated": is_simulated(self.device),
             "arch": self.backend.arch() if self.backend.arch else None,
             "versions": dict(self.backend.versions() if self.backend.versions else {}),
             "native": self.backend.reference_is_native,
@@ -177,7 +179,7 @@ def main(arguments: Iterable[str]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     bench = Bench(given["backend"], given["how"])
-    if given.get("memory") and bench.device.type == "cpu":
+    if given.get("memory") and (bench.device.type == "cpu" or is_simulated(bench.device)):
         resource.setrlimit(resource.RLIMIT_DATA, (given["memory"], given["memory"]))
     while True:
         header, body = wire.lengths(bytes(read_exactly(requests, wire.PREFIX.size)))

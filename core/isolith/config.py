@@ -74,6 +74,9 @@ class Settings:
     )
     plugins: tuple[str, ...] | None = setting(parse_names, None, "Load only the plugins named here. Unset: all.")
     debug: bool = setting(parse_switch, False, "1: check values on every device, and check calls of bound handles.")
+    twin: str = setting(
+        parse_name, "", "Which chip a backend's twin stands for in conformance runs; the backend's page lists them."
+    )
     sources: tuple[tuple[str, str], ...] = dataclass_field(default=(), compare=False, repr=False)
 
     @property

@@ -17,6 +17,7 @@ from isolith.errors import ConfigError
         ({"ISOLITH_PLUGINS": "a,b"}, "plugins", ("a", "b")),
         ({"ISOLITH_DEBUG": "1"}, "debug", True),
         ({"ISOLITH_DEBUG": ""}, "debug", False),
+        ({"ISOLITH_TWIN": "a2"}, "twin", "a2"),
         ({"OTHER": "1"}, "backend", ""),
     ],
 )
