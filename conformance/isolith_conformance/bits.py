@@ -36,14 +36,17 @@ def same_bytes(one: Tensor | None, other: Tensor) -> bool:
 
 
 def unequal_rows(one: Tensor, other: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Which slices of the first axis differ in a byte, outside of NaN and of what is undefined."""
+    """Which slices of the first axis differ in a byte, outside of NaN and of what is undefined.
+
+    The mask says nothing of a result that has another shape than is due.
+    """
     rows = one.shape[0] if one.dim() else 1
     if not one.numel():
         return torch.zeros(rows, dtype=torch.bool)
     wrong = (raw(one) != raw(other)).reshape(*one.shape, one.itemsize).any(-1)
     if one.is_floating_point() and one.dtype != torch.float8_e8m0fnu:
         wrong &= ~(one.float().isnan() & other.float().isnan())
-    if mask is not None:
+    if mask is not None and wrong.shape[: mask.dim()] == mask.shape:
         wrong &= mask.reshape(*mask.shape, *(1,) * (wrong.dim() - mask.dim()))
     return wrong.reshape(rows, -1).any(-1)
 
