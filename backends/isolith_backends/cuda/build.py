@@ -2,9 +2,10 @@
 
     python -m isolith_backends.cuda.build [--arch 80 90 100] [--operator NAME] [--report FILE]
 
-Each function of this backend is called on tensors without memory, once for every call of `isolith.models` and every
-sample tagged "model"; the launches that it would make are compiled to machine code. A row says how many registers and
-how much shared memory a program takes, and how many instructions move spilled registers, in loops and elsewhere.
+Each function of this backend is called on tensors without memory, for every call of `isolith.models` and every sample
+tagged "model", as it is and with 4,096 tokens; the launches that it would make are compiled to machine code. A row says
+how many registers and how much shared memory a program takes, and how many instructions move spilled registers, in
+loops and elsewhere.
 """
 
 import argparse
@@ -38,6 +39,7 @@ SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 """KiB of shared memory that a block can have (CUDA C++ Programming Guide, table of compute capabilities)."""
 REGISTERS = 65536  # 32-bit registers of a multiprocessor, the same in all of them
 CONTEXT = 65536  # tokens, for the calls of a model
+PREFILL = 4096  # tokens of a call that is not a decoding step
 TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -75,7 +77,44 @@ class Row:
 
 
 def calls(operator: AnyOperator) -> Iterator[tuple[str, Arguments]]:
-    """The calls at the shapes of released models, on tensors without memory."""
+    """The calls at the shapes of released models, on tensors without memory; each also with a prefill's tokens."""
+    for name, arguments in calls_of_models(operator):
+        yield name, arguments
+        longer = of_tokens(operator, arguments, PREFILL)
+        if longer is not None:
+            yield f"{name}, {PREFILL} tokens", longer
+
+
+def of_tokens(operator: AnyOperator, arguments: Arguments, count: int) -> Arguments | None:
+    """The same call of so many tokens, or rows where it has those; None where it has neither, or has as many."""
+    shapes = operator.parsed_shapes
+    sizes = shapes.bind(operator.name, arguments)
+    listed = [
+        arguments[shape.name].shape
+        for shape in shapes.inputs
+        if shape.axes[0] == "*" and arguments[shape.name] is not None
+    ]
+    leading = sizes.get("...") or next(iter(listed), None) or (None,)
+    now = sizes.get("tokens") or leading[0]
+    if not now or now >= count:
+        return None
+    made = dict(arguments)
+    for shape in shapes.inputs:
+        tensor, axes = arguments.get(shape.name), shape.axes
+        if not isinstance(tensor, Tensor):
+            continue
+        new = list(tensor.shape)
+        if axes[0] in ("*", "...") and new and new[0] % now == 0:
+            new[0] = new[0] // now * count
+        for place, axis in enumerate(axes):
+            if axis in ("tokens", "total"):
+                new[place] = new[place] // now * count
+        made[shape.name] = tensor.new_empty(new)
+    return made
+
+
+def calls_of_models(operator: AnyOperator) -> Iterator[tuple[str, Arguments]]:
+    """The calls of models, and the samples of them."""
     for name in ("v4-flash", "v4-pro"):
         for number, made in enumerate(MODELS[name].calls(CONTEXT)):
             if made.operator is operator:

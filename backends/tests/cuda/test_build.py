@@ -11,7 +11,7 @@ import pytest
 from isolith import OPERATORS
 from isolith.plugins import kernels_of
 from isolith_backends import cuda
-from isolith_backends.cuda.build import loops_in
+from isolith_backends.cuda.build import calls, loops_in
 
 KERNELS = kernels_of(cuda.isolith_backend())[0]
 OURS = sorted(
@@ -57,6 +57,14 @@ def test_a_loop_is_what_a_branch_goes_back_over():
         /*0040*/ EXIT ;
     """
     assert loops_in(code.splitlines()) == [(2, 5)]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_call_of_more_tokens_is_a_legal_call(name):
+    made = [(label, arguments) for label, arguments in calls(OPERATORS[name]) if label.endswith(" tokens")]
+    for _, arguments in made:
+        OPERATORS[name].validate(arguments)
+    assert made or name == "block_dequant", "which is called on weights"
 
 
 def test_every_operator_has_a_kernel():

@@ -236,12 +236,13 @@ def arguments(
     heads: int = 4,
     dim: int = 16,
     ring: int = 0,
+    block_sizes: tuple[int, int] = (4, 3),
 ) -> dict[str, Any]:  # Any: an operator's arguments
     """A call whose pools hold values in the rows that a token may see and NaN elsewhere; k > 0 lists entries (CSA)."""
     cu_seqlens, start_pos = make.batch(tokens, start)
     starts = start or [0] * len(tokens)
     seen = [range(max(0, s - window + 1), s + t) for s, t in zip(starts, tokens, strict=True)]
-    window_cache, window_block_table = pool_of_items(make, seen, 4, dim, ring)
+    window_cache, window_block_table = pool_of_items(make, seen, block_sizes[0], dim, ring)
     call: dict[str, Any] = {
         "q": make.normal(sum(tokens), heads, dim),
         "window_cache": window_cache,
@@ -255,7 +256,7 @@ def arguments(
     }
     if ratio:
         entries = [range(positions.stop // ratio) for positions in seen]
-        call["compressed_cache"], call["compressed_block_table"] = pool_of_items(make, entries, 3, dim)
+        call["compressed_cache"], call["compressed_block_table"] = pool_of_items(make, entries, block_sizes[1], dim)
     if k:
         # -1, what is not yet visible, and what lies behind the table, among the visible entries in any order.
         most = max(k, max(positions.stop for positions in seen) // ratio + 3)
@@ -303,6 +304,12 @@ def samples(make: Make) -> Iterator[Sample]:
     call = arguments(make, [0, 2], [90, 9], 4)
     call["window_block_table"][0] = call["window_block_table"][0, 0]
     yield Sample("idle_sequence", **call | {"compressed_block_table": call["compressed_block_table"][:, :1]})
+    # Heads and pages of the sizes that libraries ask for.
+    wide: dict[str, Any] = {"window": 20, "dim": 512, "block_sizes": (16, 32)}
+    yield Sample("head_dim_512_swa", **arguments(make, [9, 0, 1, 2], [0, 7, 40, 19], **wide))
+    yield Sample("head_dim_512_hca", **arguments(make, [5, 1, 3], [0, 300, 126], 128, **wide) | {"sink": None})
+    call = arguments(make, [9, 1, 0, 2], [0, 190, 5, 61], 4, k=37, **wide)
+    yield Sample("head_dim_512_csa", **call | {"topk_length": make.integers(20, 40, 12)})
     flash: dict[str, Any] = {"window": 128, "heads": 64, "dim": 512}
     yield Sample("flash_swa", "model", **arguments(make, [1, 2], [300, 5], **flash, ring=129))
     yield Sample("flash_csa", "model", **arguments(make, [1, 1], [2303, 90], 4, k=512, **flash))

@@ -92,6 +92,9 @@ def samples(make: Make) -> Iterator[Sample]:
     pool[1, 3] = make.normal(128)
     yield Sample("nan_in_other_slots", cache=pool, slot_mapping=make.tensor([11, -1, -7], torch.int64), out_dtype=out)
     yield Sample("no_slots", cache=cache, slot_mapping=make.tensor([], torch.int32), out_dtype=out)
+    for entry in FORMATS:  # pages of 64 entries, as released engines have them
+        cache, _ = written(make, 4, 64, entry)
+        yield Sample(f"{entry}_bytes_pages_of_64", "model", cache=cache, slot_mapping=make.integers(-1, 256, 7))
     yield Sample("no_blocks", cache=pool[:0], slot_mapping=make.tensor([-1, -1], torch.int32), out_dtype=out)
 
 

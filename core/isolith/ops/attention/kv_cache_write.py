@@ -132,6 +132,8 @@ def special_samples(make: Make) -> Iterator[Sample]:
     slots = make.tensor([5, -1, 17, 0], torch.int32)
     padded = make.normal(3, 9, 512)[:, :8]
     yield Sample("floats", cache=padded, x=make.normal(4, 512), slot_mapping=slots)
+    dense = make.tensor([5, -1, 17, 0, 23, -7, 16, 31, -16, -17], torch.int32)
+    yield Sample("dense_floats", cache=make.normal(2, 16, 512), x=make.normal(10, 512), slot_mapping=dense)
     cache = make.normal(3, 8, 576, dtype=torch.bfloat16)
     yield Sample("floats_rounded_to_the_pool", cache=cache, x=make.normal(4, 576), slot_mapping=slots)
     far = make.tensor([65535, 65536, 69999], torch.int32)  # more than 16 bits count
@@ -164,6 +166,10 @@ def special_samples(make: Make) -> Iterator[Sample]:
     yield Sample("584_bytes_floor_of_flashmla", **arguments, amax_floor=448 * 2.0**-13)
     arguments = {"cache": random_pool(make, 3, 8, 68), "x": tiny[:, :128].abs(), "slot_mapping": slots}
     yield Sample("68_bytes_floor", **arguments, amax_floor=1e-2)
+    slots = make.place(make.permutation(256)[:7], torch.int32)
+    for entry in FORMATS:  # pages of 64 entries, as released engines have them
+        cache, x = random_pool(make, 4, 64, entry), rows_for(make, 7, entry)
+        yield Sample(f"{entry}_bytes_pages_of_64", "model", cache=cache, x=x, slot_mapping=slots)
 
 
 def errors(make: Make) -> Iterator[ErrorSample]:

@@ -230,8 +230,11 @@ def arguments(
     dim: int = 8,
     hidden: int = 24,
     ring: int = 0,
+    norm_of_x: bool = False,
 ) -> dict[str, Any]:  # Any: an operator's arguments
-    """A call whose state holds values in the live rows and NaN elsewhere; `ring` = rows of a ring, 0 for pages."""
+    """A call whose state holds values in the live rows and NaN elsewhere; `ring` = rows of a ring, 0 for pages; the
+    norm's weight is float32, or x's dtype.
+    """
     wide, channels = torch.float32, 2 * dim if overlap else dim
     cu_seqlens, start_pos = make.batch(tokens, start)
     ends = [t + s for t, s in zip(tokens, start or [0] * len(tokens), strict=True)]
@@ -245,7 +248,7 @@ def arguments(
         "x": make.normal(sum(tokens), hidden),
         "wkv": make.normal(channels, hidden, std=hidden**-0.5),
         "wgate": make.normal(channels, hidden, std=2 * hidden**-0.5),
-        "norm_weight": make.normal(dim, mean=1.0, dtype=wide),
+        "norm_weight": make.normal(dim, mean=1.0, dtype=make.dtype if norm_of_x else wide),
         "cos_table": cos_table,
         "sin_table": sin_table,
         "state_cache": state,
@@ -280,6 +283,16 @@ CALLS: dict[str, dict[str, Any]] = {
     "odd_width": {"tokens": [9], "dim": 13, "hidden": 7},
     "no_tokens": {"tokens": [0, 0], "start": [0, 7]},
     "no_sequences": {"tokens": []},
+    "norm_of_x_csa": {"tokens": [6, 1, 0, 9], "start": [2, 7, 3, 0], "dim": 512, "hidden": 1024, "norm_of_x": True},
+    "norm_of_x_indexer": {
+        "tokens": [5, 1],
+        "start": [3, 11],
+        "dim": 128,
+        "hidden": 1024,
+        "norm_of_x": True,
+        "rotate": True,
+    },
+    "norm_of_x_hca": {"tokens": [2, 130], "start": [127, 0], "dim": 512, "hidden": 1024, "norm_of_x": True, **HCA},
     "flash_csa": {"tokens": [6, 1], "start": [2, 7], "dim": 512, "hidden": 4096, "ring": 8},
     "flash_indexer": {"tokens": [6, 1], "start": [2, 7], "dim": 128, "hidden": 4096, "ring": 8, "rotate": True},
     "flash_hca": {"tokens": [1, 129], "start": [127, 0], "dim": 512, "hidden": 4096, **HCA},

@@ -238,6 +238,12 @@ def samples(make: Make) -> Iterator[Sample]:
     v3 = call([1, 2], [40, 9], 16, (128, 64, 512, 128), 16)
     yield Sample("v3_decode", "model", **v3)
     yield Sample("v3_prefill", "model", **v3 | {"absorbed": False})
+    # Half of what is listed lies behind the token, and -1 stands among the rest; one row lists nothing.
+    chosen = make.integers(-1, 80, 3, 24)
+    chosen[2] = -1
+    yield Sample(
+        "v32_listed", "model", **v3 | {"topk_indices": chosen, "topk_length": make.tensor([24, 20, 24], torch.int32)}
+    )
     yield Sample("656_bytes", **v3 | {"kv_cache": byte_pool(make, 656, v3["kv_cache"].shape[0], 16)})
     ragged = call([4, 0, 1, 6], [0, 5, 70, 3], 4, (16, 8, 32, 24), 7)
     yield Sample("ragged", **ragged)
