@@ -193,7 +193,7 @@ def keeps_its_scratch_in_a_global(reference):
 @fault("nothing left running", "swiglu")
 def leaves_a_thread_behind(reference):
     def kernel(**given):
-        threading.Thread(target=time.sleep, args=(0.3,), daemon=True).start()
+        threading.Thread(target=time.sleep, args=(10,), daemon=True).start()
         return reference(**given)
 
     return kernel
