@@ -39,15 +39,16 @@ def versions() -> Mapping[str, str]:
 @hookimpl
 def isolith_backend() -> Backend:
     """Describe the backend."""
-    # Libraries come before the kernels that they are faster than.
-    libraries = ("libraries.flash_mla", "libraries.deep_gemm", "libraries.grouped_mm")
+    # Libraries come before the kernels that they are faster than, and behind them where nothing says that they are.
+    faster = ("libraries.flash_mla", "libraries.deep_gemm", "libraries.grouped_mm")
     families = ("norm", "moe", "quant", "rotary", "residual", "attention")
+    pinned = ("libraries.flashinfer", "libraries.tile_kernels")
     return Backend(
         name="cuda",
         device_type="cuda",
         api_version=1,
         why_unavailable=why_unavailable,
-        kernels=tuple(f"{__name__}.{module}" for module in (*libraries, *families)),
+        kernels=tuple(f"{__name__}.{module}" for module in (*faster, *families, *pinned)),
         arch=arch,
         versions=versions,
     )

@@ -16,7 +16,7 @@ def attempt(name: str) -> ModuleType | str:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name == name.partition(".")[0]:
-            return f"{name} is not installed"
+            return f"{error.name} is not installed"
         return f"importing {name} failed: {error}"
     except (ImportError, OSError, AssertionError, RuntimeError) as error:  # what they raise without nvcc or a driver
         return f"importing {name} failed: {type(error).__name__}: {error}"
