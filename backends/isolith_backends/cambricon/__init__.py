@@ -1,0 +1,1 @@
+"""Cambricon MLUs through torch_mlu_ops."""
