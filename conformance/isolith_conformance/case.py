@@ -37,6 +37,7 @@ class Unit:
         native: The backend's own implementation is the reference.
         nondeterministic: Declared: two runs may differ.
         batch_invariant: Claimed: a row does not depend on the others.
+        declares: Numerics that the operator allows to kernels that say so.
     """
 
     backend: str
@@ -47,6 +48,7 @@ class Unit:
     native: bool = False
     nondeterministic: bool = False
     batch_invariant: bool = False
+    declares: tuple[str, ...] = ()
 
     @property
     def on_a_host(self) -> bool:
@@ -85,7 +87,7 @@ class Case:
     @property
     def expectation(self) -> Expectation:
         """Gold and the legal family."""
-        return expectation_of(self.unit.operator, self.sample, self.dtype, self.seed)
+        return expectation_of(self.unit.operator, self.sample, self.dtype, self.seed, self.unit.declares)
 
     @property
     def make(self) -> Make:
@@ -121,10 +123,10 @@ def input_hash_of(operator: str, sample: str, dtype: str, seed: int) -> str:
 
 
 @lru_cache(maxsize=4)
-def expectation_of(operator: str, sample: str, dtype: str, seed: int) -> Expectation:
-    """What is due for a sample; kept for the checks that come next."""
-    arguments = arguments_of(operator, sample, dtype, seed)
-    return expect(UNITS[operator], arguments, exact="exact" in samples_of(operator, dtype, seed)[sample].tags)
+def expectation_of(operator: str, sample: str, dtype: str, seed: int, declared: tuple[str, ...] = ()) -> Expectation:
+    """What is due for a sample from a kernel with such numerics; kept for the checks that come next."""
+    arguments, tags = arguments_of(operator, sample, dtype, seed), samples_of(operator, dtype, seed)[sample].tags
+    return expect(UNITS[operator], arguments, "exact" in tags, declared)
 
 
 @lru_cache(maxsize=256)

@@ -93,6 +93,7 @@ class Found:
                 native=native,
                 nondeterministic=row.get("nondeterministic", False),
                 batch_invariant=row.get("batch_invariant", False),
+                declares=tuple(row.get("declares", ())),
             )
             for row in rows or [{"name": ""}]
         ]

@@ -12,7 +12,7 @@ from isolith_conformance import bits, wire
 from isolith_conformance.buffers import Layout, place_all
 from isolith_conformance.case import Case
 from isolith_conformance.execute import Options, Response, Values, leaves
-from isolith_conformance.judge import Verdict, expect
+from isolith_conformance.judge import Expectation, Verdict, expect
 from isolith_conformance.runner import Trouble
 
 
@@ -130,8 +130,12 @@ class Trial:
             arguments: The call's; None for the sample's own.
             when: How the call was run, for the sentence.
         """
-        due = self.case.expectation if arguments is None else expect(self.case.operator, arguments)
+        due = self.case.expectation if arguments is None else self.expectation_of(arguments)
         self.conclude(due.verdict_on(results, self.profile), when)
+
+    def expectation_of(self, arguments: Values) -> Expectation:
+        """What is due for a call of the kernel under check."""
+        return expect(self.case.operator, arguments, declared=self.case.unit.declares)
 
     def accept_values(self, results: list[Tensor]) -> None:
         """The same for the sample's own call, without the rule for selections, which is a check of its own."""

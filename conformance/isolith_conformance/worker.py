@@ -83,6 +83,7 @@ class Bench:
                 "why_unavailable": kernel.requires.why_not_here(backend),
                 "nondeterministic": kernel.nondeterministic,
                 "batch_invariant": kernel.batch_invariant,
+                "declares": list(kernel.declares),
             }
             for kernel in self.registry.kernels(backend, operator)
         ]
@@ -93,8 +94,13 @@ class Bench:
         options = Options(**{name: frozen(value) for name, value in request["options"].items()})
         pins = ((unit.name, candidate),) if candidate and unit.name in OPERATORS else ()
         # A kernel cannot pass by not running. A layer is of what the backend has, and of references for the rest.
-        fallback = "error" if unit.name in OPERATORS else "allow"
-        settings = replace(Settings(), backend=self.plugin.name, kernels=pins, fallback=fallback, debug=True)
+        settings = replace(
+            Settings(),
+            backend=self.plugin.name,
+            kernels=pins,
+            fallback="error" if unit.name in OPERATORS else "allow",
+            debug=True,
+        )
         recorder = Recorder(self.registry, settings)
 
         def dispatched(**given: Any) -> Any:  # Any: an operator's own signature
@@ -106,6 +112,8 @@ class Bench:
         with using(recorder):
             response = run(unit, dispatched, request["arguments"], options, self.device, request["earlier"] or None)
         executed = sorted(f"{operator} {name}" for operator, name in recorder.calls)
+        if response.status == "refused" and candidate == "composition":
+            return replace(response, executed=[], references=[])  # a part that the backend has no kernel for
         if response.status == "refused" and candidate and not response.declined:
             return replace(
                 response, status="raised", message=f"claims the call but refuses to run it: {response.message}"

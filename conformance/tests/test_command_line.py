@@ -67,6 +67,17 @@ def test_operators_that_a_backend_has_nothing_for_are_listed_as_not_claimed(suit
     assert (case.check, case.verdict) == ("unclaimed", "NOT-CLAIMED")
 
 
+def test_a_composition_of_parts_that_a_backend_lacks_is_not_claimed(suite, plugin, tmp_path):
+    plugin("good", RIGHT_RMS_NORM)
+    run = suite("--quick", "--op", "fused_moe", "-k", "claim", "--backend", "good", "--report", "report.json")
+    assert run.returncode == 0, run.stdout
+    cases = report.read(tmp_path / "report.json").cases
+    assert {(case.check, case.verdict) for case in cases} == {
+        ("claims", "NOT-CLAIMED"),
+        ("claims something", "NOT-CLAIMED"),
+    }
+
+
 def test_a_layer_is_of_what_a_backend_has_and_of_references_for_the_rest(suite, plugin, tmp_path):
     plugin("good", RIGHT_RMS_NORM)
     run = suite("--quick", "--op", "swa_layer", "-k", "accuracy", "--backend", "good", "--report", "report.json")

@@ -85,6 +85,7 @@ class Kernel(Generic[P, R]):
     why_not: Callable[..., WhyNot] | None
     nondeterministic: bool = False
     batch_invariant: bool = False
+    declares: tuple[str, ...] = ()
 
 
 def implements(
@@ -94,6 +95,7 @@ def implements(
     why_not: Callable[..., WhyNot] | None = None,
     nondeterministic: bool = False,
     batch_invariant: bool = False,
+    declares: tuple[str, ...] = (),
 ) -> Callable[[Callable[P, R]], Kernel[P, R]]:
     """Mark a function as a kernel of `operator`; nothing is registered until its backend is loaded.
 
@@ -104,7 +106,15 @@ def implements(
             others as `**_`; returns a sentence with the number in it, or None.
         nondeterministic: Declares that two runs may differ, each within the limits.
         batch_invariant: Claims that a row's result is the same to the bit whatever else is in the batch.
+        declares: Numerics of the kernel that the operator allows to those that say so: "tf32" for hc_pre.
+
+    Raises:
+        ValueError: where the operator allows no such numerics.
     """
+    if unknown := [name for name in declares if name not in operator.declared]:
+        raise ValueError(
+            f"{operator.name} allows {sorted(operator.declared) or 'none'} to be declared; got {unknown[0]!r}"
+        )
 
     def mark(fn: Callable[P, R]) -> Kernel[P, R]:
         return Kernel(
@@ -115,6 +125,7 @@ def implements(
             why_not=why_not,
             nondeterministic=nondeterministic,
             batch_invariant=batch_invariant,
+            declares=declares,
         )
 
     return mark

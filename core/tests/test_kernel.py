@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from isolith import Requires
+from isolith import Requires, implements, ops
 from isolith.kernel import in_range
 
 
@@ -71,3 +71,8 @@ def test_what_the_installation_lacks_is_refused(backend):
 def test_nothing_is_looked_for_on_a_device_that_does_not_do(backend):
     requires = Requires(arch=">=9", missing=lambda: pytest.fail("it imports a library"))
     assert requires.why_not_here(backend(arch=lambda: "8.6")) == "arch=8.6; needs >=9"
+
+
+def test_numerics_that_the_operator_does_not_allow_cannot_be_declared():
+    with pytest.raises(ValueError, match="rms_norm allows none to be declared; got 'tf32'"):
+        implements(ops.norm.rms_norm, declares=("tf32",))
