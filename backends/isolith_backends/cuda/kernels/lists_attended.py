@@ -101,8 +101,11 @@ TENSOR = {
 }
 """Products on tensor cores, by the least capability. From 9.0 on entries are the rows of a product, of which it takes
 64 at a time. 64 heads would widen each entry once instead of twice for V4-Flash, and spill (Triton 3.9)."""
-CODES = {"columns": 32, "stages": 3}
-"""For entries in bytes: widening 64 columns at once takes more registers than there are (Triton 3.9, sm_90)."""
+FEWER_COLUMNS = 32
+"""For entries in bytes, whose widening takes registers, and before sm_100 for those wider than 512: 64 columns of either
+spill in the loop (Triton 3.9, sm_90)."""
+STAGES_OF_CODES = {True: 3, False: 2}
+"""For entries in bytes, by whether programs share a token's columns: the other number spills in the loop."""
 EXACT = Tiles(heads=16, columns=16, warps=4, stages=1)
 """Products in float32, which no tensor core makes."""
 
@@ -117,11 +120,16 @@ def tiles_of(heads: int, pools: list[Pool], precision: str, arch: int, twice: bo
         tiles = EXACT
     else:
         tiles = TENSOR[max(least for least in TENSOR if least <= arch)]
-        if any(pool.format for pool in pools):
-            tiles = replace(tiles, **CODES)
+        if coded(pools) or (dim > 4 * PIECE and arch < 100):
+            tiles = replace(tiles, columns=FEWER_COLUMNS)
     wider = max(1, min(4 * PIECE // power_of_two(dim), 256 // tiles.columns))
     most = tiles.heads // 2 if twice else tiles.heads
     return replace(tiles, heads=power_of_two(heads, NARROWEST, most), columns=tiles.columns * wider)
+
+
+def coded(pools: list[Pool]) -> bool:
+    """Whether entries are bytes."""
+    return any(pool.format for pool in pools)
 
 
 def types_of(dtype: torch.dtype, lists: tuple[Entries, ...]) -> tuple[torch.dtype, str]:
@@ -159,9 +167,12 @@ def attention(
     out_dtype = out_dtype or q.dtype
     dtype, precision = types_of(out_dtype, lists)
     twice = q.dtype == torch.float32 and dtype != torch.float32
-    tiles = tiles_of(heads, [each.pool for each in lists], precision, capability(q.device), twice)
+    pools = [each.pool for each in lists]
+    tiles = tiles_of(heads, pools, precision, capability(q.device), twice)
     groups = ceil_div(heads, tiles.heads)
     splits = splits_of(tokens * groups, tiles, lists)
+    if coded(pools) and precision != "ieee":
+        tiles = replace(tiles, stages=STAGES_OF_CODES[splits > 1])
     out = q.new_empty(tokens, heads, value_dim, dtype=out_dtype)
     lse = q.new_empty(tokens, heads, dtype=torch.float32)
     sums, highest, total = (out, lse, None) if splits == 1 else parts_of(q, splits, value_dim)
