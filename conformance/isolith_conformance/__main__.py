@@ -3,7 +3,8 @@
     python -m isolith_conformance [OPTIONS] [PYTEST OPTIONS]   check every backend that this machine has
     python -m isolith_conformance reproduce CASE-ID --seed N   run one case of a report again
     python -m isolith_conformance page REPORT OUT.html         the report as one page
-    python -m isolith_conformance compare A.json B.json        where two runs differ
+    python -m isolith_conformance compare A.json B.json        where two runs, or two benchmarks, differ
+    python -m isolith_conformance bench [OPTIONS]              how fast a model's operators are; bench --help
     python -m isolith_conformance bundle FOLDER                write inputs and expected outputs
     python -m isolith_conformance judge-bundle FOLDER RESULTS  judge results that somebody else computed
 
@@ -66,7 +67,9 @@ def page(arguments: list[str]) -> int:
 
 
 def compare(arguments: list[str]) -> int:
-    """Say where two runs differ."""
+    """Say where two runs, or two benchmarks, differ."""
+    from isolith_conformance.bench import compare as benches
+    from isolith_conformance.bench.record import is_bench
     from isolith_conformance.compare import compare_command
 
     parser = argparse.ArgumentParser(prog="isolith_conformance compare")
@@ -74,7 +77,15 @@ def compare(arguments: list[str]) -> int:
     parser.add_argument("b", type=Path)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    return compare_command(options.a, options.b, options.json)
+    command = benches.compare_command if is_bench(options.a) or is_bench(options.b) else compare_command
+    return command(options.a, options.b, options.json)
+
+
+def bench(arguments: list[str]) -> int:
+    """Time a model's operators."""
+    from isolith_conformance.bench.command import bench_command
+
+    return bench_command(arguments)
 
 
 def bundle(arguments: list[str]) -> int:
@@ -108,6 +119,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "reproduce": reproduce,
     "page": page,
     "compare": compare,
+    "bench": bench,
     "bundle": bundle,
     "judge-bundle": judge_bundle,
 }

@@ -8,7 +8,8 @@ selection is judged by the values it selects, as far as legal roundings move tho
 Where a sample is exact, every legal rounding gives the same numbers, and so must the results: -0.0 equals 0.0 there,
 since the order of a sum decides the sign of nothing, and NaN equals NaN.
 
-`expect` computes all that does not depend on the results, so that many may be judged.
+`expect` computes all that does not depend on the results, so that many may be judged. `judge_beside` is for calls too
+large for gold: it compares with the reference's own result, in the same dtypes, and forgives more.
 """
 
 from collections.abc import Mapping
@@ -19,10 +20,10 @@ from torch import Tensor
 
 from isolith.operator import AnyOperator
 from isolith_conformance.codes import CODES, CodeBar, code_bar, judged_codes, judged_scales
-from isolith_conformance.family import Arguments, Family, copied, family_of
-from isolith_conformance.limits import STANDARD
-from isolith_conformance.ratios import PASSED, Bar, Finding, bar_of, measured
-from isolith_conformance.selection import Ranking, by_index, judged_selection, ranking_of
+from isolith_conformance.family import Arguments, Family, Numerics, copied, evaluate, family_of
+from isolith_conformance.limits import BESIDE, BESIDE_D, BESIDE_D_REQUANTISED, STANDARD
+from isolith_conformance.ratios import PASSED, Bar, Finding, bar_of, beside, measured
+from isolith_conformance.selection import Ranking, by_index, judged_selection, ranking_beside, ranking_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class Due:
         bar: For floats.
         codes: For codes.
         scales: For scales, in float64.
+        beside: For floats without gold: the largest d of a row.
     """
 
     reference: Tensor
@@ -67,6 +69,7 @@ class Due:
     bar: Bar | None = None
     codes: CodeBar | None = None
     scales: Tensor | None = None
+    beside: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +153,8 @@ class Expectation:
             return judged_codes(due.codes, result, self.exact)
         if due.scales is not None:
             return judged_scales(due.scales, result, self.exact)
+        if due.beside is not None:
+            return beside(expected, result, due.beside)
         if due.bar is None:
             return differing_bits(result, due.legal)
         found = measured(due.bar, result, profile)
@@ -259,6 +264,73 @@ def due_of(
         return due
     bar = bar_of(gold, legal, family.variants, moved, load, family.requantised)
     return Due(reference=reference, legal=(), mask=mask, bar=bar)
+
+
+def judge_beside(
+    operator: AnyOperator, arguments: Arguments, reference: list[Tensor], results: list[Tensor]
+) -> Verdict:
+    """Compare the results of a large call with the reference's: outputs, then mutated arguments after the call.
+
+    Args:
+        operator: What was called.
+        arguments: The arguments as they were before the call, on any device.
+        reference: What the reference made of them, on the host.
+        results: What the kernel made of them, on the host.
+    """
+    due = dues_beside(operator, arguments, reference)
+    ranking, in_order = None, list(reference)
+    if operator.selects_by is not None:
+        mask = due[0].mask
+        ranking = ranking_beside(operator, arguments, reference[0], mask)
+        in_order = by_index(reference, reference[0], reference)
+        due = [replace(each, reference=values) for each, values in zip(due, in_order, strict=True)]
+    expected = Expectation(
+        operator=operator, due=tuple(due), ranking=ranking, sorted_reference=tuple(in_order), exact=False
+    )
+    verdict = expected.verdict_on(results)
+    if verdict.check not in ("D", "bits"):
+        return verdict
+    # Rare, and it takes a run of everything that is legal: other roundings than the reference's.
+    return replace(expected, due=tuple(wider(operator, arguments, due))).verdict_on(results)
+
+
+def dues_beside(operator: AnyOperator, arguments: Arguments, reference: list[Tensor]) -> list[Due]:
+    """What is due for each result, of the reference's alone."""
+    count = len(reference)
+    masks = operator.defined(**arguments) if operator.defined else (None,) * count
+    exact = operator.unrounded(**arguments) if operator.unrounded else (None,) * count
+    made = []
+    for values, mask, unrounded in zip(reference, masks, exact, strict=True):
+        known = Due(reference=values, legal=(values,), mask=None if mask is None else mask.cpu())
+        if unrounded is not None and values.dtype in CODES:
+            window = all(each.dtype != torch.float8_e8m0fnu for each in reference)
+            known = replace(known, codes=code_bar(unrounded.cpu(), values.dtype, window))
+        elif unrounded is not None:
+            known = replace(known, scales=unrounded.cpu())
+        elif not operator.bitwise and values.dtype in BESIDE_D:
+            known = replace(known, beside=BESIDE_D[values.dtype])
+        # `legal` is compared under the mask, as results are.
+        made.append(known if known.mask is None else replace(known, legal=(values[known.mask],)))
+    return made
+
+
+def wider(operator: AnyOperator, arguments: Arguments, due: list[Due]) -> list[Due]:
+    """What is due where the operator's variants are legal too, and codes that they change on the way."""
+    watch = Numerics()
+    evaluate(operator, operator.reference, arguments, watch)
+    members = [evaluate(operator, variant, arguments) for variant in operator.variants]
+    made = []
+    for at, each in enumerate(due):
+        legal = [each.reference, *(member[at].cpu() for member in members)]
+        if each.mask is not None:
+            legal = [values[each.mask] for values in legal]
+        if each.beside is None:
+            made.append(replace(each, legal=tuple(legal)))
+            continue
+        found = [beside(legal[0], values, each.beside).statistics.get("d", 0.0) for values in legal if values.numel()]
+        limit = max([each.beside, *(BESIDE * d for d in found), BESIDE_D_REQUANTISED if watch.codes else 0.0])
+        made.append(replace(each, beside=limit))
+    return made
 
 
 def differing_bits(result: Tensor, legal: tuple[Tensor, ...]) -> Finding:

@@ -105,3 +105,18 @@ sum that it joins."""
 SELECTION_SLACK = 2.0
 """How far a selected value may lie below the one that gold selects, in units of the largest error that legal rounding
 makes in the row's values: one such error may raise the wrong value, another lower the right one."""
+
+BESIDE = 4.0
+"""Two results that are each within a cap of gold, in d, are within four times that of each other."""
+BESIDE_D = {
+    torch.float32: BESIDE * D_REACH * D_CAP[torch.float32],
+    torch.float16: BESIDE * D_CAP[torch.float16],
+    torch.bfloat16: BESIDE * D_CAP[torch.bfloat16],
+}
+"""A row's largest d between a large call's results and the reference's own, without gold; by dtype of the result. A row
+that is off by 2 % as a whole is beyond all of them."""
+BESIDE_D_REQUANTISED = BESIDE * D_CAP_REQUANTISED
+"""Where the reference quantises on the way."""
+BESIDE_SLACK = 2.0**-16
+"""How far a selected value may lie below the one that the reference selects, in parts of the row's largest: 128 float32
+roundings."""

@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--how", choices=("hardware", "interpreter", "twin"), default="hardware", help="what runs the kernels"
     )
     group.addoption("--case", default="", metavar="ID", help="check this case alone")
-    group.addoption("--timeout", type=float, default=120.0, metavar="SECONDS", help="of one call")
+    group.addoption("--timeout", type=float, metavar="SECONDS", help="of one call (120; in an interpreter 600)")
     group.addoption("--waivers", default="", metavar="FILE", help="instead of the waivers that the backend brings")
     group.addoption("--pass-env", action="append", default=[], metavar="PATTERN", help="more variables for the backend")
     group.addoption("--report", default="", metavar="FILE", help="write the report as JSON")
@@ -66,7 +66,7 @@ def plan_of(config: pytest.Config) -> Plan:
         profile=option.profile,
         how=option.how,
         seed=secrets.randbelow(1 << 31) if seed is None else seed,
-        timeout_s=option.timeout,
+        timeout_s=option.timeout or (600.0 if option.how == "interpreter" else 120.0),
         waivers=option.waivers,
         environment=tuple(option.pass_env),
     )

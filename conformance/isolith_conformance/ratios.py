@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,3 +223,31 @@ def rms(error: Tensor) -> Tensor:
 def ratio(error: Tensor, legal: Tensor) -> Tensor:
     """error / legal, where 0 / 0 is 0."""
     return torch.where(error == 0, torch.zeros_like(error), error / legal)
+
+
+CHUNK = 2**22
+"""Elements compared at once."""
+
+
+def beside(reference: Tensor, result: Tensor, limit: float) -> Finding:
+    """Measure a result by d of its rows from the reference's, both of one shape and dtype and not empty."""
+    width = result.shape[-1] if result.dim() else 1
+    mine, theirs = result.reshape(-1, width), reference.reshape(-1, width)
+    step, worst, place = max(CHUNK // max(width, 1), 1), 0.0, 0
+    for start in range(0, mine.shape[0], step):
+        values, due = mine[start : start + step].double(), theirs[start : start + step].double()
+        finite = due.isfinite()
+        misplaced = (~finite & ~((values == due) | (values.isnan() & due.isnan()))) | (finite & ~values.isfinite())
+        if bool(misplaced.any()):
+            row = start + int(misplaced.any(-1).nonzero()[0])
+            problem = f"non-finite values stand elsewhere than in the reference, first in row {row}"
+            return Finding(check="nonfinite", problem=problem, statistics={}, excess=math.inf)
+        found = differences(values.masked_fill(~finite, 0.0), due.masked_fill(~finite, 0.0))
+        if float(found.amax()) > worst:
+            worst, place = float(found.amax()), start + int(found.argmax())
+    known: dict[str, Any] = {"statistics": {"d": worst}, "limits": {"d": limit}, "excess": worst / limit}
+    if worst <= limit:
+        return Finding(**known)
+    return Finding(
+        check="D", problem=f"D is {worst:.3g} beside the reference, at most {limit:.3g}; row {place}", **known
+    )

@@ -8,7 +8,7 @@ from torch import Tensor
 from isolith.dispatch import using
 from isolith.operator import AnyOperator, in_float64
 from isolith_conformance.family import Arguments, Numerics, copied, only_references
-from isolith_conformance.limits import SELECTION_SLACK
+from isolith_conformance.limits import BESIDE_SLACK, SELECTION_SLACK
 from isolith_conformance.ratios import PASSED, Finding
 
 
@@ -85,6 +85,31 @@ def slack_of(values: Tensor, rounded: list[Tensor], competes: Tensor) -> Tensor:
     moved = moved.amax(0).masked_fill(other, torch.inf).amax(-1, keepdim=True)
     one = values.masked_fill(~known, 0.0).abs().amax(-1, keepdim=True) * torch.finfo(torch.float32).eps
     return SELECTION_SLACK * torch.where(moved > 0, moved.maximum(one), moved)
+
+
+def ranking_beside(operator: AnyOperator, arguments: Arguments, chosen: Tensor, defined: Tensor | None) -> Ranking:
+    """Rank by the reference's own values, once; `chosen` is what it selects. Ties are not judged."""
+    assert operator.selects_by is not None, "the caller has looked"
+    with using(only_references()):
+        values = operator.selects_by(**arguments).double().cpu()
+        competes = torch.ones_like(values, dtype=torch.bool)
+        if operator.competes is not None:
+            competes = operator.competes(**arguments).cpu()
+    known = values.masked_fill(~(competes & values.isfinite()), 0.0)
+    largest = known.abs().amax(-1, keepdim=True) if values.shape[-1] else values.new_zeros(values.shape[0], 1)
+    specified = ~(values.isnan() & competes).any(-1)
+    return Ranking(
+        values=values,
+        slack=(BESIDE_SLACK * largest).clamp(min=torch.finfo(torch.float32).tiny),  # 0 would say that all is exact
+        order=torch.zeros((values.shape[0], min(values.shape[1], 1)), dtype=torch.int64),
+        equal=torch.zeros((values.shape[0], 0), dtype=torch.bool),
+        competes=competes,
+        chosen=chosen,
+        least=values_of(values, chosen).sort(-1, descending=True).values,
+        distinct=torch.ones_like(specified) if defined is None else defined,
+        specified=specified if defined is None else specified & defined,
+        ordered=operator.ordered,
+    )
 
 
 def values_of(values: Tensor, indices: Tensor) -> Tensor:

@@ -102,8 +102,8 @@ TENSOR = {
 """Products on tensor cores, by the least capability. From 9.0 on entries are the rows of a product, of which it takes
 64 at a time. 64 heads would widen each entry once instead of twice for V4-Flash, and spill (Triton 3.9)."""
 FEWER_COLUMNS = 32
-"""For entries in bytes, whose widening takes registers, and before sm_100 for those wider than 512: 64 columns of either
-spill in the loop (Triton 3.9, sm_90)."""
+"""For entries in bytes, whose widening takes registers, and before sm_100 for those wider than 512: 64 columns of
+either spill in the loop (Triton 3.9, sm_90)."""
 STAGES_OF_CODES = {True: 3, False: 2}
 """For entries in bytes, by whether programs share a token's columns: the other number spills in the loop."""
 EXACT = Tiles(heads=16, columns=16, warps=4, stages=1)
