@@ -3,7 +3,8 @@
 A vendor's operators move between namespaces and gain arguments from one release to the next. So a call names the
 functions that would do, in order, and the arguments that it passes; the first that is here and has them all is taken.
 Everything is passed by keyword, and what equals the function's default is left out, so that an older function without
-the argument serves as well. What is missing is a sentence, never a guess.
+the argument serves as well. What is missing is a sentence, never a guess. A Python function whose names are not public,
+but whose calls are, is called as they do: its first arguments by place, the others by keyword.
 """
 
 import functools
@@ -11,7 +12,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,11 +35,17 @@ class Function:
         name: As it was asked for.
         call: What is called.
         defaults: Every argument with its default, or NO_DEFAULT; None where the function takes any.
+        places: Arguments that may be given by place, in their order.
+        only_by_place: How many of these have no other way.
+        placed: How many are given by place.
     """
 
     name: str
     call: Callable[..., Any]  # Any: the vendor's own signature
     defaults: Mapping[str, Any] | None
+    places: tuple[str, ...] = ()
+    only_by_place: int = 0
+    placed: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,22 +56,34 @@ class VendorCall:
         names: Functions that would do, in order: "namespace::operator" or "namespace::operator.overload" for a torch
             operator, "package.module:function" for a Python function. They mean the same by the arguments named.
         passes: The arguments that the adapter gives, or may give; all must exist.
+        by_place: Those that are given by place, in this order, where `by_place_here` allows it and the function does
+            not take them by keyword. The adapter gives them all.
+        by_place_here: Whether this installation is one whose calls by place are known.
     """
 
     names: tuple[str, ...]
     passes: tuple[str, ...]
+    by_place: tuple[str, ...] = ()
+    by_place_here: Callable[[], bool] | None = None
 
     def missing(self) -> WhyNot:
         """Say what this installation lacks for the call, or None."""
-        return None if self.found() else "; ".join(str(look_up(name, self.passes)) for name in self.names)
+        forms = self.forms()
+        return None if self.found() else "; ".join(str(form) for form in forms[-len(self.names) :])
 
     def found(self) -> Function | None:
         """The first function that is here and has the arguments, or None."""
-        looked_up = (look_up(name, self.passes) for name in self.names)
-        return next((function for function in looked_up if isinstance(function, Function)), None)
+        return next((form for form in self.forms() if isinstance(form, Function)), None)
+
+    def forms(self) -> list[Function | str]:
+        """Every name's function by keyword, then by place where that is known here; or what it lacks."""
+        ways: list[tuple[str, ...]] = [()]
+        if self.by_place and self.by_place_here and self.by_place_here():
+            ways.append(self.by_place)
+        return [look_up(name, self.passes, by_place) for by_place in ways for name in self.names]
 
     def __call__(self, **arguments: Any) -> Any:  # Any: the vendor's own signature
-        """Call it by keyword, without what equals a default.
+        """Call it by keyword, without what equals a default; or by place, as described above.
 
         Raises:
             Unsupported: where no function here has the arguments.
@@ -73,8 +92,9 @@ class VendorCall:
         if function is None:
             raise Unsupported(str(self.missing()))
         defaults = function.defaults or {}
+        placed = [arguments.pop(name) for name in self.by_place[: function.placed]]
         needed = {name: v for name, v in arguments.items() if not same(v, defaults.get(name, NO_DEFAULT))}
-        return function.call(**needed)
+        return function.call(*placed, **needed)
 
 
 def same(value: Any, default: Any) -> bool:  # Any: whatever a schema allows
@@ -86,13 +106,18 @@ def same(value: Any, default: Any) -> bool:  # Any: whatever a schema allows
     return value is default or (type(value) in (bool, int, float, str) and bool(value == default))
 
 
-def look_up(name: str, passes: tuple[str, ...]) -> Function | str:
+def look_up(name: str, passes: tuple[str, ...], by_place: tuple[str, ...] = ()) -> Function | str:
     """The function of a name, or the sentence that says what it lacks."""
     function = found_operator(name) if "::" in name else found_function(name)
     if isinstance(function, str) or function.defaults is None:
         return function
-    lacks = [argument for argument in passes if argument not in function.defaults]
-    return f"{name} has no argument {', '.join(lacks)}" if lacks else function
+    if len(by_place) < function.only_by_place:
+        return f"{name} takes {', '.join(function.places[: function.only_by_place])} by position alone"
+    if len(by_place) > len(function.places):
+        return f"{name} takes {len(function.places)} arguments by position, not {len(by_place)}"
+    by_keyword = list(function.defaults)[len(by_place) :]
+    lacks = [argument for argument in passes if argument not in by_place and argument not in by_keyword]
+    return f"{name} has no argument {', '.join(lacks)}" if lacks else replace(function, placed=len(by_place))
 
 
 def found_operator(name: str) -> Function | str:
@@ -146,7 +171,6 @@ def described(name: str, function: Callable[..., Any]) -> Function | str:  # Any
         return f"{name} has no signature that Python can read"
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return Function(name, function, None)
-    only_by_place = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
-    if only_by_place:
-        return f"{name} takes {', '.join(only_by_place)} by position alone"
-    return Function(name, function, {parameter.name: parameter.default for parameter in parameters})
+    places = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+    only_by_place = sum(p.kind is p.POSITIONAL_ONLY for p in parameters)
+    return Function(name, function, {p.name: p.default for p in parameters}, places, only_by_place)

@@ -123,3 +123,35 @@ def test_python_function_of_positional_arguments_is_refused(module):
 def test_python_function_that_takes_anything_is_called_with_everything(module):
     module.f = lambda **given: given
     assert VendorCall(("vendor_calls_module:f",), ("x", "limit"))(x=1, limit=None) == {"x": 1, "limit": None}
+
+
+@pytest.fixture
+def placed(module):
+    """A function whose first two arguments go by place, as the adapter calls it, and what it was given."""
+    exec("def f(x, y, /, *, limit, d=None): return (x, y, limit, d)", vars(module))
+    return lambda known: VendorCall(("vendor_calls_module:f",), ("x", "other", "limit"), ("x", "other"), lambda: known)
+
+
+def test_call_that_is_known_by_place_is_made_by_place(placed):
+    assert placed(True)(limit=None, other=2, x=1, d=None) == (1, 2, None, None)
+
+
+def test_call_by_place_that_is_not_known_here_is_refused(placed):
+    assert placed(False).missing() == "vendor_calls_module:f takes x, y by position alone"
+
+
+def test_names_that_are_not_public_are_no_hindrance_by_place(module):
+    module.f = lambda a, b, limit=7: (a, b, limit)
+    call = VendorCall(("vendor_calls_module:f",), ("x", "y", "limit"), ("x", "y"), lambda: True)
+    assert call(x=1, y=2, limit=3) == (1, 2, 3)
+
+
+def test_function_of_fewer_places_is_not_called_by_place(module):
+    module.f = lambda a, limit=7: a
+    call = VendorCall(("vendor_calls_module:f",), ("x", "y"), ("x", "y", "z"), lambda: True)
+    assert call.missing() == "vendor_calls_module:f takes 2 arguments by position, not 3"
+
+
+def test_known_names_go_by_keyword_before_places(module):
+    module.f = lambda y, x: (x, y)
+    assert VendorCall(("vendor_calls_module:f",), ("x", "y"), ("x", "y"), lambda: True)(x=1, y=2) == (1, 2)

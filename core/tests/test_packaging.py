@@ -43,7 +43,7 @@ def test_wheel_is_typed(wheel):
 def test_wheel_offers_the_in_tree_backends_and_the_command(wheel):
     (name,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     text = wheel.read(name).decode()
-    names = ("ascend", "cpu")
+    names = ("ascend", "cambricon", "cpu")
     assert "[isolith]\n" + "\n".join(f"{name} = isolith_backends.{name}" for name in names) in text
     assert "[console_scripts]\nisolith = isolith.__main__:main" in text
 

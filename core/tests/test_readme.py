@@ -20,7 +20,7 @@ def settings_table():
 
 def support_table():
     ours = [plugin.name for plugin in dispatcher().registry.plugins if plugin.distribution == "isolith"]
-    assert ours == ["ascend", "cpu", "cuda"]
+    assert ours == ["ascend", "cambricon", "cpu", "cuda"]
     reports = sorted((README.parent / "conformance" / "reports").glob("*.json"))
     return COMMANDS["table"].text(COMMANDS["table"].answer(argparse.Namespace(reports=reports)))
 
