@@ -266,7 +266,7 @@ def samples(make: Make) -> Iterator[Sample]:
     yield Sample("one_token", **call([1], [0], 4, (16, 8, 32, 24), 4))
     # A weight transposed, or taken for the other one, has the right shape.
     yield Sample("square_weights", **call([2, 1], [5, 9], 2, (16, 8, 16, 16), 4))
-    # All logits of a head lie near 209 or near -209: only differences from the largest have exponentials that are floats.
+    # All logits of a head lie near 209 or near -209: only their differences from the largest have finite exponentials.
     large = {name: ragged[name].clone() for name in ("q", "kv_cache")}
     large["q"][:, ::2, -1], large["q"][:, 1::2, -1], large["kv_cache"][..., -1] = 32.0, -32.0, 32.0
     yield Sample("large_logits", **ragged | large)
