@@ -97,6 +97,11 @@ class VendorCall:
         return function.call(*placed, **needed)
 
 
+def first_missing(*calls: VendorCall) -> WhyNot:
+    """What this installation lacks for the first of several calls that it cannot make, or None."""
+    return next((reason for call in calls if (reason := call.missing())), None)
+
+
 def same(value: Any, default: Any) -> bool:  # Any: whatever a schema allows
     """Whether a value is a default; a tensor is none."""
     if isinstance(value, torch.Tensor) or default is NO_DEFAULT:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from isolith.errors import Unsupported
-from isolith_backends.vendor_calls import VendorCall
+from isolith_backends.vendor_calls import VendorCall, first_missing
 
 library = torch.library.Library("vendor_calls_test", "DEF")
 for schema in (
@@ -107,6 +107,11 @@ def test_none_and_zero_are_passed_where_there_is_no_default():
 def test_call_of_what_is_missing_moves_on():
     with pytest.raises(Unsupported, match="absent is not registered"):
         on("absent")(x=torch.ones(()))
+
+
+def test_first_call_that_cannot_be_made_is_told_of_several():
+    assert first_missing(on("scaled", passes=("x", "by")), on("absent"), on("none")) == on("absent").missing()
+    assert first_missing(on("scaled", passes=("x", "by"))) is None
 
 
 def test_python_function_without_an_argument_is_refused(module):

@@ -67,6 +67,22 @@ def test_operators_that_a_backend_has_nothing_for_are_listed_as_not_claimed(suit
     assert (case.check, case.verdict) == ("unclaimed", "NOT-CLAIMED")
 
 
+TF32 = """
+from isolith.ops.residual.hc_pre import multiplied_in_tf32
+
+@implements(isolith.hc_pre, declares={})
+def hc_pre(streams, fn, scale, base, sinkhorn_iters=20, norm_eps=1e-6, hc_eps=1e-6):
+    return multiplied_in_tf32(streams, fn, scale, base, sinkhorn_iters, norm_eps, hc_eps)
+"""
+
+
+@pytest.mark.parametrize(("declares", "code"), [(("tf32",), 0), ((), 1)])
+def test_numerics_that_an_operator_allows_are_right_where_they_are_declared(suite, plugin, declares, code):
+    plugin("rounding", TF32.format(declares))
+    run = suite("--quick", "--op", "hc_pre", "--dtype", "bfloat16", "-k", "accuracy", "--backend", "rounding")
+    assert run.returncode == code, run.stdout
+
+
 def test_a_composition_of_parts_that_a_backend_lacks_is_not_claimed(suite, plugin, tmp_path):
     plugin("good", RIGHT_RMS_NORM)
     run = suite("--quick", "--op", "fused_moe", "-k", "claim", "--backend", "good", "--report", "report.json")

@@ -25,6 +25,7 @@ from isolith_backends.ascend.moe import (
     why_not_weight,
 )
 from isolith_backends.ascend.quant import DYNAMIC_QUANT, QUANT_MATMUL, int8_rows
+from isolith_backends.vendor_calls import first_missing
 
 SMALLEST = 1e-10
 """The floor of act_quant_int8."""
@@ -32,8 +33,7 @@ SMALLEST = 1e-10
 
 def missing_parts() -> WhyNot:
     """What this installation lacks of the layer's parts."""
-    parts = (INIT_ROUTING, GROUPED_MATMUL, SWIGLU, FINALIZE_ROUTING, DYNAMIC_QUANT, QUANT_MATMUL)
-    return next((reason for part in parts if (reason := part.missing())), None)
+    return first_missing(INIT_ROUTING, GROUPED_MATMUL, SWIGLU, FINALIZE_ROUTING, DYNAMIC_QUANT, QUANT_MATMUL)
 
 
 def why_not_kind(name: str, x: Tensor, weight: Tensor, act_quant: str) -> WhyNot:

@@ -15,6 +15,7 @@ from isolith.numerics.scaled_matmul import resolve_act_quant
 from isolith_backends.cambricon import quant
 from isolith_backends.cambricon.calls import HALF, int32, tmo, why_not
 from isolith_backends.cambricon.moe import COMBINE, MOE_ACTIVE, activated, missing_products, product
+from isolith_backends.vendor_calls import first_missing
 
 GEN_IDX = tmo("moe_gen_idx", ("expert_id", "expert_num"))
 EXPAND = tmo("moe_expand_input", ("input", "gather_idx", "cusum_token_count", "start_expert_id", "expert_size"))
@@ -29,8 +30,7 @@ QUANTIZE = tmo(
 
 def missing_parts() -> WhyNot:
     """What this installation lacks of the layer's parts."""
-    parts = (GEN_IDX, EXPAND, QUANTIZE, MOE_ACTIVE, COMBINE)
-    lacks = next((reason for part in parts if (reason := part.missing())), None)
+    lacks = first_missing(GEN_IDX, EXPAND, QUANTIZE, MOE_ACTIVE, COMBINE)
     return lacks or missing_products() or quant.missing_products()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from isolith import Requires, WhyNot, implements, ops
 from isolith.numerics.routing import SUM_FLOOR
 from isolith_backends.cambricon.calls import int32, tmo, why_not
+from isolith_backends.vendor_calls import first_missing
 
 OUTPUTS = ("reduce_weight", "expert_id")
 SOFTPLUS = tmo("moe_softplus_topk", ("input", "topk", "input_ids", "tid2eid", "bias", "route_scale", *OUTPUTS))
@@ -57,7 +58,7 @@ def why_not_gate(score: str, groups: int, renormalize: bool, bias: Tensor | None
 
 def missing_gates() -> WhyNot:
     """What this installation lacks of the three functions."""
-    return next((reason for call in (SOFTPLUS, SIGMOID, SOFTMAX) if (reason := call.missing())), None)
+    return first_missing(SOFTPLUS, SIGMOID, SOFTMAX)
 
 
 @implements(

@@ -213,10 +213,14 @@ def measured(cubin: bytes) -> tuple[int, int, int]:
         code = tool("nvdisasm", "-c", file.name)
     found = re.search(r"REG:(\d+)", usage)
     assert found, "cuobjdump prints the registers of every kernel"
-    lines = code.splitlines()
+    return int(found[1]), *spills_in(code.splitlines())
+
+
+def spills_in(lines: list[str]) -> tuple[int, int]:
+    """Instructions of a disassembled kernel that move spilled registers: (all, those in loops)."""
     spills = [number for number, line in enumerate(lines) if re.search(r"\b(?:STL|LDL)\b", line)]
     loops = loops_in(lines)
-    return int(found[1]), len(spills), sum(any(first < at < last for first, last in loops) for at in spills)
+    return len(spills), sum(any(first < at < last for first, last in loops) for at in spills)
 
 
 def loops_in(lines: list[str]) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ import pytest
 from isolith import OPERATORS
 from isolith.plugins import kernels_of
 from isolith_backends import cuda
-from isolith_backends.cuda.build import calls, loops_in
+from isolith_backends.cuda.build import calls, loops_in, spills_in
 
 KERNELS = kernels_of(cuda.isolith_backend())[0]
 OURS = sorted(
@@ -46,8 +46,7 @@ def test_every_kernel_compiles_for_every_architecture_and_fits_without_spills_in
     assert ({row["arch"] for row in rows}, refused) == ({80, 90, 100}, [])
 
 
-def test_a_loop_is_what_a_branch_goes_back_over():
-    code = """
+CODE = """
         /*0000*/ STL [R1], R2 ;
     .L_x_0:
         /*0010*/ LDL R2, [R1] ;
@@ -55,8 +54,15 @@ def test_a_loop_is_what_a_branch_goes_back_over():
         /*0030*/ @!P1 BRA `(.L_x_0) ;
     .L_x_1:
         /*0040*/ EXIT ;
-    """
-    assert loops_in(code.splitlines()) == [(2, 5)]
+    """.splitlines()
+
+
+def test_a_loop_is_what_a_branch_goes_back_over():
+    assert loops_in(CODE) == [(2, 5)]
+
+
+def test_spills_in_loops_are_counted_apart():
+    assert spills_in(CODE) == (2, 1)
 
 
 @pytest.mark.parametrize("name", OURS)
