@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,6 +9,7 @@ from isolith import OPERATORS
 from isolith.__main__ import main
 from isolith.commands import COMMANDS
 from isolith.commands.cost import parse_context
+from isolith.registry import Registry
 
 
 def run(capsys, *argv):
@@ -137,12 +139,13 @@ def test_published_costs_are_reproduced_at_one_million_tokens(capsys, model, byt
     assert round(100 * ours["fp8_equivalent_flops"] / base["fp8_equivalent_flops"], 1) == flop_share
 
 
-def cells_after(capsys, tmp_path, *verdicts):
-    """The cell of cpu's rms_norm, given what a report says of it."""
-    case = {"backend": "cpu", "operator": "rms_norm", "how": "hardware"}
+def cell_after(capsys, tmp_path, operator, kernels, *verdicts, scope="full"):
+    """The cpu's cell of an operator, given what a report says of its kernels."""
+    case = {"backend": "cpu", "operator": operator, "how": "hardware"}
+    cases = [{**case, "kernel": kernel, "verdict": verdict} for kernel in kernels for verdict in verdicts]
     report = tmp_path / "report.json"
-    report.write_text(json.dumps({"cases": [{**case, "verdict": verdict} for verdict in verdicts]}))
-    return answer(capsys, "table", str(report))["operators"]["rms_norm"]["cpu"]
+    report.write_text(json.dumps({"run": {"scope": scope}, "cases": cases}))
+    return answer(capsys, "table", str(report))["operators"][operator]["cpu"]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,22 @@ def cells_after(capsys, tmp_path, *verdicts):
     ],
 )
 def test_the_table_says_what_reports_show(capsys, tmp_path, verdicts, cell):
-    assert cells_after(capsys, tmp_path, *verdicts) == cell
+    assert cell_after(capsys, tmp_path, "rms_norm", ["reference"], *verdicts) == cell
+
+
+def test_the_table_tells_a_quick_run(capsys, tmp_path):
+    assert cell_after(capsys, tmp_path, "rms_norm", ["reference"], "PASS", scope="quick") == (
+        "reference, hardware (quick)"
+    )
+
+
+def test_the_table_counts_kernels_that_no_report_shows(capsys, tmp_path, monkeypatch):
+    kernels = tuple(SimpleNamespace(name=name) for name in ("sparse_attn", "sparse_attn_of_a_library"))
+    monkeypatch.setattr(Registry, "kernels", lambda *_: kernels)
+    assert cell_after(capsys, tmp_path, "sparse_attn", ["cpu.sparse_attn"], "PASS") == (
+        "2 kernels, hardware; 1 declared"
+    )
+    assert cell_after(capsys, tmp_path, "sparse_attn", [], "PASS") == "2 kernels, declared"
 
 
 def test_a_file_that_is_no_report_is_refused(capsys, tmp_path):

@@ -1,7 +1,8 @@
 """`isolith table [REPORT …]`: the support table of the README, in Markdown.
 
 A cell says what runs and how conformance reports say that it was shown to be right: hardware, interpreter, twin or
-reference. Nothing is called supported that was not run: without a report a cell says "declared".
+reference, with (quick) behind where samples were left out. Nothing is called supported that was not run: a kernel
+without a report is "declared".
 """
 
 import argparse
@@ -18,8 +19,10 @@ from isolith.errors import ConfigError
 from isolith.operator import AnyOperator
 from isolith.registry import Registry
 
-Proofs = dict[tuple[str, str], dict[str, Counter[str]]]
-"""Verdicts by how they were found, by (backend, operator)."""
+Verdicts = dict[str, dict[str, Counter[str]]]
+"""Verdicts by how they were found, by kernel."""
+Proofs = dict[tuple[str, str], Verdicts]
+"""Verdicts by (backend, operator)."""
 
 
 def proofs(reports: Iterable[Path]) -> Proofs:
@@ -27,19 +30,25 @@ def proofs(reports: Iterable[Path]) -> Proofs:
     found: Proofs = {}
     for path in reports:
         try:
-            cases = json.loads(path.read_text())["cases"]
-            for case in cases:
-                by_how = found.setdefault((case["backend"], case["operator"]), {})
-                by_how.setdefault(case["how"], Counter())[case["verdict"]] += 1
+            report = json.loads(path.read_text())
+            quick = " (quick)" if report["run"]["scope"] == "quick" else ""
+            for case in report["cases"]:
+                by_kernel = found.setdefault((case["backend"], case["operator"]), {})
+                by_how = by_kernel.setdefault(case["kernel"], {})
+                by_how.setdefault(case["how"] + quick, Counter())[case["verdict"]] += 1
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is no conformance report: {error}.") from error
     return found
 
 
-def proof(verdicts: dict[str, Counter[str]]) -> str:
+def proof(verdicts: Verdicts) -> str:
     """How it was shown to be right, or how many cases failed."""
+    total: dict[str, Counter[str]] = {}
+    for by_how in verdicts.values():
+        for how, counted in by_how.items():
+            total.setdefault(how, Counter()).update(counted)
     said = []
-    for how, counted in verdicts.items():
+    for how, counted in total.items():
         failed = counted.total() - counted["PASS"] - counted["NOT-CLAIMED"]
         if failed:
             said.append(f"{failed} of {counted.total()} failed ({how})")
@@ -50,11 +59,15 @@ def proof(verdicts: dict[str, Counter[str]]) -> str:
 
 def cell(registry: Registry, backend: Backend, operator: AnyOperator, found: Proofs) -> str:
     """What a backend offers for an operator, and how that was shown to be right."""
-    kernels = registry.kernels(backend, operator.name)
-    shown = proof(found.get((backend.name, operator.name), {}))
-    if kernels:
-        return f"{'kernel' if len(kernels) == 1 else f'{len(kernels)} kernels'}, {shown}"
-    return f"{'composition' if operator.composed_of else 'reference'}, {shown}"
+    kernels = [f"{backend.name}.{kernel.name}" for kernel in registry.kernels(backend, operator.name)]
+    verdicts = found.get((backend.name, operator.name), {})
+    shown = proof(verdicts)
+    if not kernels:
+        return f"{'composition' if operator.composed_of else 'reference'}, {shown}"
+    number = "kernel" if len(kernels) == 1 else f"{len(kernels)} kernels"
+    without = [name for name in kernels if not any(counted["PASS"] for counted in verdicts.get(name, {}).values())]
+    rest = f"; {len(without)} declared" if 0 < len(without) < len(kernels) else ""
+    return f"{number}, {shown}{rest}"
 
 
 def answer(options: argparse.Namespace) -> dict[str, Any]:  # Any: JSON
