@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from isolith.operator import AnyOperator
+from isolith_conformance import house_rules
 from isolith_conformance.codes import CODES, CodeBar, code_bar, judged_codes, judged_scales
 from isolith_conformance.family import Arguments, Family, Numerics, copied, evaluate, family_of
 from isolith_conformance.limits import BESIDE, BESIDE_D, BESIDE_D_REQUANTISED, STANDARD
@@ -128,6 +129,23 @@ class Expectation:
             return shape
         assert self.ranking is not None, "only selections have a selection"
         return verdict(judged_selection(self.ranking, results[0]), 0)
+
+    def house_figures(self, results: list[Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+        """(figures, limits) of the vendors' own rules, of results that have the shapes that are due."""
+        if self.misshapen(results) is not None:
+            return {}, {}
+        if self.ranking is not None:
+            results = by_index(results, self.ranking.chosen, list(self.sorted_reference))
+        found = []
+        for due, result in zip(self.due, results, strict=True):
+            if due.bar is None:
+                continue
+            expected = due.reference
+            if due.mask is not None:
+                result, expected = result[due.mask], expected[due.mask]
+            gold = due.bar.values.reshape(result.shape)
+            found.append(house_rules.figures_of(self.operator.name, gold, expected, result))
+        return house_rules.worst_of(found)
 
     def misshapen(self, results: list[Tensor]) -> Verdict | None:
         """A verdict on number, shapes and dtypes, where these are wrong."""

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from isolith_conformance.house_rules import RULES, kept
 from isolith_conformance.page_picture import Picture, pictures_of, share_of_limit
 from isolith_conformance.report import OUTCOMES, BackendRecord, Case, Report, ReportError, Standing, read
 from isolith_conformance.report_standing import FORBIDDEN, counts, urgency
@@ -91,6 +92,8 @@ class BackendView:
     dtypes: tuple[str, ...]
     checks: tuple[str, ...]
     families: tuple[tuple[str, tuple[OperatorView, ...]], ...]
+    house_rules: tuple[tuple[str, tuple[str, ...]], ...]
+    """(operator, cases that keep each of the vendors' own rules), of operators with float results."""
 
     @property
     def urgent_first(self) -> list[OperatorView]:
@@ -111,6 +114,7 @@ def page(report: Report) -> str:
         total=in_words(report.summary.counts),
         backends=[backend_view(report, record, place) for place, record in enumerate(known_backends(report))],
         outcomes=OUTCOMES,
+        rules=[rule.name for rule in RULES],
         style=Markup(style),  # the package's own files
         script=Markup(script),
         policy=f"default-src 'none'; style-src '{source(style)}'; script-src '{source(script)}'; base-uri 'none'",
@@ -168,7 +172,18 @@ def backend_view(report: Report, record: BackendRecord, place: int) -> BackendVi
         dtypes=dtypes,
         checks=checks,
         families=tuple(families),
+        house_rules=house_rules_of(cases),
     )
+
+
+def house_rules_of(cases: list[Case]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """A row for each operator that has the figures of a vendor's own rule."""
+    rows = []
+    for name in sorted({case.operator for case in cases}):
+        told = [kept(rule, (case for case in cases if case.operator == name)) for rule in RULES]
+        if any(total for _, total in told):
+            rows.append((name, tuple(f"{number} of {total}" if total else "" for number, total in told)))
+    return tuple(rows)
 
 
 def ordered(found: set[str], first: tuple[str, ...]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from isolith_conformance.house_rules import of_house
 from isolith_conformance.report import Case
 
 SMALLEST, LARGEST = -2.0, 1.0
@@ -48,11 +49,11 @@ def pictures_of(cases: Sequence[Case]) -> tuple[Picture, ...]:
 
 
 def shares_of(case: Case) -> dict[str, float]:
-    """Each statistic of a case as a part of its limit; infinite where there is no number."""
+    """Each statistic that decides, as a part of its limit; infinite where there is no number."""
     return {
         name: math.inf if math.isnan(value) else value / case.limits[name]
         for name, value in case.statistics.items()
-        if name in case.limits and 0 < case.limits[name] < math.inf
+        if name in case.limits and 0 < case.limits[name] < math.inf and not of_house(name)
     }
 
 

@@ -4,6 +4,7 @@ import shlex
 import unicodedata
 from collections.abc import Iterator, Mapping
 
+from isolith_conformance.house_rules import RULES, kept
 from isolith_conformance.report import BackendRecord, Case, Report, Standing
 from isolith_conformance.report_standing import FORBIDDEN, first_to_fix
 
@@ -111,11 +112,19 @@ def lines_of_backend(report: Report, backend: str) -> Iterator[str]:
     for reason in dict.fromkeys(reason for kernels in absent for reason in kernels.values()):
         names = [name for kernels in absent for name, said in kernels.items() if said == reason]
         yield f"   not here: {inert(', '.join(names))}: {first_line(reason)}"
+    yield from lines_of_house_rules(cases)
     first = first_to_fix(cases)
     if first is not None:
         yield f"   Fix first: {inert(first.id)}"
         yield f"     {first.verdict}: {first_line(first.problem)}"
         yield f"     {reproduce_command(first)}"
+
+
+def lines_of_house_rules(cases: list[Case]) -> Iterator[str]:
+    """How many cases would keep the vendors' own rules, which decide nothing here."""
+    told = [(rule, *kept(rule, cases)) for rule in RULES]
+    if any(total for _, _, total in told):
+        yield "   Vendors' own rules, kept by: " + "; ".join(f"{rule.name} {n} of {total}" for rule, n, total in told)
 
 
 def standing_of(report: Report, backend: str) -> Standing:

@@ -140,6 +140,9 @@ class Trial:
     def accept_values(self, results: list[Tensor]) -> None:
         """The same for the sample's own call, without the rule for selections, which is a check of its own."""
         self.result_hash = hashlib.sha256(wire.encode({"results": results})).hexdigest()
+        figures, limits = self.case.expectation.house_figures(results)
+        self.statistics.update(figures)
+        self.limits.update(limits)
         self.conclude(self.case.expectation.judge(results, self.profile))
 
     def outputs(self, results: list[Tensor]) -> list[Tensor]:
