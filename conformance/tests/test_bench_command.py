@@ -103,6 +103,16 @@ def test_list_measures_nothing(capsys):
     assert "8 of 256 experts" in capsys.readouterr().out
 
 
+def test_floors_are_bytes_and_flops_over_the_rates_of_a_chip(capsys):
+    # 128 sequences that see 640 entries of 584 bytes: 65 MB, 21.5 us at 3 TB/s.
+    code = command.bench_command(
+        ["--floors", "h100", "--op", "sparse_attn", "--tokens", "128", "--context", "64K", "--backend", "nowhere"]
+    )
+    row = next(line.split() for line in capsys.readouterr().out.splitlines() if " CSA " in line)
+    assert code == 0
+    assert row == ["sparse_attn", "CSA", "64000", "128", "64.98", "10.74", "21.7", "us", "memory"]
+
+
 def test_compare_takes_records_of_the_benchmark(tiny, tmp_path, capsys):
     path = str(tmp_path / "a.json")
     command.bench_command([*TINY, "--op", "sinkhorn", "--json", path])

@@ -24,6 +24,7 @@ from isolith.ops import OPERATORS
 from isolith_conformance import plan
 from isolith_conformance.bench import record
 from isolith_conformance.bench.clock import Clock
+from isolith_conformance.bench.floors import CHIPS, floors
 from isolith_conformance.bench.machine import measure_limits
 from isolith_conformance.bench.measure import Bench, measure
 from isolith_conformance.bench.memory import bytes_free, check_memory, least_experts
@@ -67,6 +68,12 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--page", type=Path, default=None, metavar="FILE.html", help="write table and pictures as one page")
     add("--list", action="store_true", help="list what would be timed, with its bytes, and stop")
+    add(
+        "--floors",
+        choices=sorted(CHIPS),
+        default=None,
+        help="list each call's least time on this chip, on paper, and stop",
+    )
     return made
 
 
@@ -91,6 +98,9 @@ def run(options: argparse.Namespace, command: str, say: Say) -> int:
     check_files(options)
     if not any(calls for _, calls in chosen):
         raise BenchError(f"bench: {options.model} has none of {', '.join(options.op)} in {options.phase}.")
+    if options.floors:
+        say(floors(options.floors, chosen))
+        return 0
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     with dispatching(options.backend) as (dispatcher, device, backend):
