@@ -115,7 +115,10 @@ def exact_products() -> None:
 @hookimpl
 def isolith_backend() -> Backend:
     """Describe the backend."""
-    modules = ("norm", "rotary", "residual", "routing", "moe", "quant", "experts", "cache", "attention", "projection")
+    modules = (
+        *("norm", "rotary", "residual", "routing", "moe", "quant", "microscaling", "experts", "cache", "attention"),
+        "projection",
+    )
     return Backend(
         name="ascend",
         device_type="npu",

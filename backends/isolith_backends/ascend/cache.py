@@ -37,7 +37,7 @@ def why_not_rows(cache: Tensor, **_: object) -> WhyNot:
 
 @implements(
     ops.attention.kv_cache_write,
-    requires=Requires(dtypes={"cache": DEVICE_FLOAT, "x": DEVICE_FLOAT}, arch=">=2", missing=SCATTER_PAIRS.missing),
+    requires=Requires(dtypes={"cache": DEVICE_FLOAT, "x": DEVICE_FLOAT}, arch=">=2,<5", missing=SCATTER_PAIRS.missing),
     why_not=why_not_rows,
 )
 def kv_cache_write(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from isolith import Requires, WhyNot, implements, ops
 from isolith.dtypes import DEVICE_FLOAT, FLOAT_NAMES, dtype_name
+from isolith_backends.ascend import arch
 from isolith_backends.vendor_calls import VendorCall
 
 INIT_ROUTING = VendorCall(
@@ -37,6 +38,7 @@ GROUPED_MATMUL = VendorCall(
     ),
 )
 
+CLIPPED_ON = NARROW_SCALES = ("2", "3")
 CUMSUM, COUNTS = 0, 1  # expert_tokens_num_type and group_list_type
 GATHER_INDEX = 0  # row_idx_type: the place of each pair
 ROW_MAJOR_PADDED = 3  # drop_pad_mode: index t*k + slot, rows [E, C, H], -1 legal
@@ -78,7 +80,7 @@ def why_not_permute(x: Tensor, alignment: int, x_scale: Tensor | None, **_: obje
 
 @implements(
     ops.moe.moe_permute,
-    requires=Requires(dtypes={"x": DEVICE_FLOAT}, arch=">=2", missing=INIT_ROUTING.missing),
+    requires=Requires(dtypes={"x": (*DEVICE_FLOAT, torch.int8)}, arch=">=2", missing=INIT_ROUTING.missing),
     why_not=why_not_permute,
 )
 def moe_permute(
@@ -110,9 +112,12 @@ def combined(rows: Tensor, pair_to_pos: Tensor, topk_weights: Tensor | None, res
         weights = torch.ones_like(pair_to_pos, dtype=torch.float32)
     else:
         weights = topk_weights.float()
+    # As experts with room for one row each: with such bins alone is -1 legal, a row of zeros, and there must be k.
+    bins = rows.float().contiguous()[:, None]
+    if bins.shape[0] < pair_to_pos.shape[1]:
+        bins = torch.nn.functional.pad(bins, (0, 0, 0, 0, 0, pair_to_pos.shape[1] - bins.shape[0]))
     y: Tensor = FINALIZE_ROUTING(
-        # As the rows of one expert with room for all of them: only then is -1 legal, and a row of zeros.
-        expanded_permuted_rows=rows.float().contiguous()[None],
+        expanded_permuted_rows=bins,
         skip1=None if residual is None else residual.float().contiguous(),
         skip2=None,
         bias=None,
@@ -141,7 +146,8 @@ def activated(x: Tensor, limit: float) -> Tensor:
     """SiLU of the first half times the second half, [rows, gate_up], by whichever call is here."""
     if limit == 0:
         return SWIGLU(input=x, dim=-1)  # type: ignore[no-any-return]  # the vendor's call
-    if CLIPPED_SWIGLU.missing() is None:
+    # torch_npu registers it whatever the chip; A5 has no kernel behind it.
+    if arch() in CLIPPED_ON and CLIPPED_SWIGLU.missing() is None:
         # The defaults are those of another model: alpha 1.702, one added to the second half, columns interleaved.
         clipped = {"alpha": 1.0, "limit": limit, "bias": 0.0, "interleaved": False}
         return CLIPPED_SWIGLU(x=x, group_index=None, dim=-1, **clipped)  # type: ignore[no-any-return]
@@ -166,6 +172,27 @@ def swiglu(x: Tensor, limit: float = 0.0, row_weight: Tensor | None = None) -> T
     return y.to(x.dtype).view(shape)
 
 
+def multiplied(
+    rows: Tensor, weight: Tensor, ends: Tensor, out_dtype: torch.dtype | None, *scales: Tensor | None
+) -> Tensor:
+    """rows [P, K] times weight [E, N, K] by one call, with the scales of outputs and of rows or without any."""
+    of_outputs, of_rows = scales or (None, None)
+    (y,) = GROUPED_MATMUL(
+        x=[rows.contiguous()],
+        weight=[weight.contiguous().transpose(1, 2)],
+        scale=None if of_outputs is None else [of_outputs],
+        per_token_scale=None if of_rows is None else [of_rows],
+        group_list=ends,
+        split_item=3,
+        group_type=0,
+        # Running sums alone: a list of counts must not be of one expert.
+        group_list_type=CUMSUM,
+        act_type=0,
+        output_dtype=out_dtype,
+    )
+    return y  # type: ignore[no-any-return]  # the vendor's call
+
+
 def product(
     rows: Tensor,
     weight: Tensor,
@@ -175,21 +202,16 @@ def product(
     weight_scale: Tensor | None = None,
 ) -> Tensor:
     """rows [P, K] times weight [E, N, K] of the expert whose rows they are; `ends` are int64 running sums."""
-    quantised = weight_scale is not None and row_scale is not None
-    (y,) = GROUPED_MATMUL(
-        x=[rows.contiguous()],
-        weight=[weight.contiguous().transpose(1, 2)],
-        scale=[weight_scale.float()[..., 0].contiguous()] if quantised and weight_scale is not None else None,
-        per_token_scale=[row_scale.float()[..., 0].contiguous()] if quantised and row_scale is not None else None,
-        group_list=ends,
-        split_item=3,
-        group_type=0,
-        # Running sums alone: a list of counts must not be of one expert.
-        group_list_type=CUMSUM,
-        act_type=0,
-        output_dtype=out_dtype if quantised else None,
-    )
-    return y  # type: ignore[no-any-return]  # the vendor's call
+    if weight_scale is None or row_scale is None:
+        return multiplied(rows, weight, ends, None)
+    of_outputs, of_rows = (scale.float()[..., 0].contiguous() for scale in (weight_scale, row_scale))
+    if arch() not in NARROW_SCALES:
+        return multiplied(rows, weight, ends, out_dtype, of_outputs, of_rows)
+    # bfloat16 comes of bfloat16 scales alone there, which lose digits: so the sums, and the scales behind them.
+    sums = multiplied(rows, weight, ends, torch.int32)
+    places = torch.arange(rows.shape[0], device=rows.device)
+    expert = (places[:, None] >= ends).sum(1).clamp(max=weight.shape[0] - 1)
+    return (sums.float() * of_outputs[expert] * of_rows[:, None]).to(out_dtype)
 
 
 def to_the_last_row(ends: Tensor, rows: int) -> Tensor:
@@ -197,6 +219,14 @@ def to_the_last_row(ends: Tensor, rows: int) -> Tensor:
     ends = ends.clamp(max=rows)
     ends[-1:] = rows
     return ends
+
+
+def ends_of(x: Tensor, expert_counts: Tensor, alignment: int) -> Tensor:
+    """The running sums of the experts' segments of grouped_gemm's x, whose rows between segments nobody looks at."""
+    if x.dim() == 3:
+        return torch.arange(1, x.shape[0] + 1, dtype=torch.int64, device=x.device) * x.shape[1]
+    padded = (expert_counts.long() + alignment - 1) // alignment * alignment
+    return to_the_last_row(padded.cumsum(0), x.shape[0])
 
 
 def why_not_weight(name: str, weight: Tensor) -> WhyNot:
@@ -240,12 +270,6 @@ def grouped_gemm(
     shape = (*x.shape[:-1], outputs)
     if 0 in shape or x.shape[-1] == 0 or experts == 0:
         return x.new_zeros(shape, dtype=FLOAT_NAMES[out_dtype])
-    rows = x.reshape(-1, x.shape[-1])
-    if x.dim() == 3:
-        ends = torch.arange(1, experts + 1, dtype=torch.int64, device=x.device) * x.shape[1]
-    else:
-        # The rows between segments are computed with their neighbours: nobody looks at them.
-        padded = (expert_counts.long() + alignment - 1) // alignment * alignment
-        ends = to_the_last_row(padded.cumsum(0), rows.shape[0])
+    rows, ends = x.reshape(-1, x.shape[-1]), ends_of(x, expert_counts, alignment)
     scale = None if x_scale is None else x_scale.reshape(-1, x_scale.shape[-1])
     return product(rows, weight, ends, FLOAT_NAMES[out_dtype], scale, weight_scale).view(shape)

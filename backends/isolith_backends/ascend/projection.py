@@ -1,7 +1,7 @@
 """The indexer of uncompressed keys, and attention's output projection.
 
-Source: Ascend/op-plugin 517f2e7d (npu_lightning_indexer, npu_transpose_batchmatmul); vllm-ascend 182b75ea (the layouts
-that it passes).
+Source: Ascend/op-plugin docs of npu_lightning_indexer and npu_transpose_batchmatmul (sizes on A2 and A3); vllm-ascend
+182b75ea (the layouts that it passes).
 """
 
 import torch
@@ -26,7 +26,8 @@ TRANSPOSE_BATCHMATMUL = VendorCall(
     ("npu::npu_transpose_batchmatmul",), ("input", "weight", "perm_x1", "perm_x2", "perm_y")
 )
 INDEXER_DIM, MOST_HEADS, HEADS_OF_A5 = 128, 64, (8, 16, 24, 32, 64)
-COUNTS = (range(1, 2049), range(3072, 8193))
+ROWS_STEP, ROW_BEHIND = 16, 65536
+COUNTS = (range(1, 2049), range(3072, 8193, 1024))
 
 
 def why_not_indexer(
@@ -47,10 +48,11 @@ def why_not_indexer(
         return f"head_dim={dim}; npu_lightning_indexer takes {INDEXER_DIM}"
     if not 0 < heads <= MOST_HEADS or (arch() == "5" and heads not in HEADS_OF_A5):
         return f"heads={heads}; npu_lightning_indexer takes up to 64, on A5 8, 16, 24, 32 or 64"
-    if weights.dtype != q.dtype:
-        return f"weights is {dtype_name(weights.dtype)} and q {dtype_name(q.dtype)}; one dtype is adapted"
+    if weights.dtype not in (q.dtype, torch.float32):
+        kinds = f"weights is {dtype_name(weights.dtype)} and q {dtype_name(q.dtype)}"
+        return f"{kinds}; npu_lightning_indexer takes one dtype, or float32 weights"
     if not any(k in counts for counts in COUNTS):
-        return f"k={k}; npu_lightning_indexer takes 1..2048 and 3072..8192"
+        return f"k={k}; npu_lightning_indexer takes 1..2048 and multiples of 1024 in 3072..8192"
     if not softmax_scale > 0 or out_dtype != "float32":
         return f"softmax_scale={softmax_scale}, out_dtype={out_dtype}; the call ranks unscaled sums"
     if candidates is not None:
@@ -108,6 +110,9 @@ def why_not_projection(
 ) -> WhyNot:
     if wo_a.dtype != x.dtype:
         return f"wo_a is {dtype_name(wo_a.dtype)} and x {dtype_name(x.dtype)}; npu_transpose_batchmatmul takes one"
+    if arch() != "5" and (wo_a.shape[1] % ROWS_STEP or wo_a.shape[2] % ROWS_STEP or max(wo_a.shape) >= ROW_BEHIND):
+        sizes = f"multiples of {ROWS_STEP} below {ROW_BEHIND}"
+        return f"wo_a is {tuple(wo_a.shape)}; npu_transpose_batchmatmul on A2 and A3 takes {sizes}"
     if resolve_act_quant(act_quant_a, wo_a) != "none":
         return f"act_quant_a is {act_quant_a!r}; npu_transpose_batchmatmul takes unquantised activations"
     activations = resolve_act_quant(act_quant_b, wo_b)
@@ -139,11 +144,14 @@ def grouped_output_proj(
     tokens, groups = x.shape[0], wo_a.shape[0]
     if 0 in (*x.shape, *wo_a.shape, *wo_b.shape):
         return x.new_zeros((tokens, wo_b.shape[0]))
+    rows, perm_x1 = x.reshape(tokens, groups, -1).contiguous(), [1, 0, 2]
+    if arch() != "5" and x.shape[1] * x.shape[2] >= ROW_BEHIND:
+        rows, perm_x1 = rows.transpose(0, 1).contiguous(), [0, 1, 2]  # a whole row is too wide to be taken apart
     u: Tensor = TRANSPOSE_BATCHMATMUL(
-        input=x.reshape(tokens, groups, -1).contiguous(),
+        input=rows,
         weight=wo_a.contiguous().transpose(1, 2),
         # Groups lead in the product alone.
-        perm_x1=[1, 0, 2],
+        perm_x1=perm_x1,
         perm_x2=[0, 1, 2],
         perm_y=[1, 0, 2],
     )

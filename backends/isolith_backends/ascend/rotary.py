@@ -1,7 +1,8 @@
 """Rotary embedding, in place on a slice of each head or on the slice alone in float32; Hadamard rotation as a product.
 
 Source: vllm-ascend 182b75ea csrc (inplace_partial_rotary_mul: interleaved pairs only, up to 1024 dimensions, tables in
-x's dtype or float32 beside bfloat16); Ascend/op-plugin 517f2e7d, npu_rotary_mul. vllm-ascend rotates by a matrix too.
+x's dtype or float32 beside bfloat16); Ascend/op-plugin docs of npu_rotary_mul (layouts and sizes on A2 and A3).
+vllm-ascend rotates by a matrix too.
 """
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from isolith import Requires, WhyNot, implements, ops
 from isolith.dtypes import DEVICE_FLOAT
 from isolith.ops.rotary.hadamard import scale_of, signs
+from isolith_backends.ascend import arch
 from isolith_backends.vendor_calls import VendorCall
 
 PARTIAL_ROTARY_MUL = VendorCall(
@@ -18,6 +20,7 @@ PARTIAL_ROTARY_MUL = VendorCall(
 )
 ROTARY_MUL = VendorCall(("npu::npu_rotary_mul",), ("input", "r1", "r2", "rotary_mode"))
 MOST_DIMS = 1024
+HEADS_BEHIND, ROTATED_BEHIND = 1000, 896
 
 
 def angles(
@@ -66,7 +69,19 @@ def rope(
     return y
 
 
-@implements(ops.rotary.rope, requires=Requires(dtypes=DEVICE_FLOAT, arch=">=2", missing=ROTARY_MUL.missing))
+def why_not_slice(x: Tensor, cos_table: Tensor, **_: object) -> WhyNot:
+    heads, rotated = (x.shape[1] if x.dim() == 3 else 1), 2 * cos_table.shape[1]
+    if arch() != "5" and (heads >= HEADS_BEHIND or rotated >= ROTATED_BEHIND):
+        limits = f"fewer than {HEADS_BEHIND} and {ROTATED_BEHIND}"
+        return f"{heads} heads with {rotated} rotated dimensions; npu_rotary_mul on A2 and A3 takes {limits}"
+    return None
+
+
+@implements(
+    ops.rotary.rope,
+    requires=Requires(dtypes=DEVICE_FLOAT, arch=">=2", missing=ROTARY_MUL.missing),
+    why_not=why_not_slice,
+)
 def rope_of_slice(
     x: Tensor,
     positions: Tensor,
@@ -81,6 +96,7 @@ def rope_of_slice(
         return y
     cos, sin = angles(positions, cos_table, sin_table, inverse, interleaved)
     start = 0 if rope_first else x.shape[-1] - cos.shape[-1]
+    # As [sequence, batch of 1, heads, dim]: the angles differ along the sequence alone, as both modes allow.
     heads = y[:, None, None] if y.dim() == 2 else y[:, None]
     part = heads[..., start : start + cos.shape[-1]]
     # In float32, so that the tables are not rounded to x's dtype.

@@ -12,6 +12,7 @@ import re
 import sys
 import types
 from collections.abc import Iterable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,15 @@ def define(rows: list[dict[str, Any]], installation: soc.Installation) -> dict[s
     return defined
 
 
+def absent(operator: str, **arguments: Any) -> None:  # Any: as schemas are
+    """A call of what CANN has no kernel for on this chip."""
+    raise RuntimeError(f"aclnn of {operator} or its workspace's size is not in libopapi.so")
+
+
 def stand_in(installation: soc.Installation, defined: Iterable[str]) -> types.ModuleType:
     """The module torch_npu: its identity, and its functions as attributes."""
     module = types.ModuleType("torch_npu", "A stand-in for torch_npu, over simulated tensors.")
+    module.__spec__ = ModuleSpec("torch_npu", None)  # other packages ask for it to see whether there is such a module
     parts = {
         "__version__": installation.wheel,
         "npu": torch.get_device_module("npu"),
@@ -88,9 +95,12 @@ def set_up() -> None:
     rows = json.loads((Path(__file__).parent / "schemas.json").read_text())["ops"]
     defined = define(rows, installation)
     for operator, function, families in table.OFFERED:
+        namespace, _, name = operator.partition("::")
         if operator in defined and chip.name in families:
-            namespace, _, name = operator.partition("::")
             simulated.offer(namespace, name, functools.partial(function, **defined[operator]))
+        elif operator in defined and namespace == "npu":
+            # torch_npu is one build for all chips: its operators are registered where CANN has nothing behind them.
+            simulated.offer(namespace, name, functools.partial(absent, name))
     sys.modules["torch_npu"] = stand_in(installation, defined)
 
 

@@ -72,3 +72,9 @@ def answers(chip):
 @pytest.mark.parametrize(("chip", "fact"), [(chip, fact) for chip, facts in FACTS.items() for fact in facts])
 def test_device(chip, fact):
     assert answers(chip)[fact] == FACTS[chip][fact][1]
+
+
+def test_other_packages_can_look_for_the_stand_in():
+    code = "import isolith_backends.ascend.twin, importlib.util; print(importlib.util.find_spec('torch_npu').name)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "torch_npu"

@@ -30,6 +30,130 @@ def test_an_odd_number_of_blocks_leaves_a_scale_unwritten(call):
     assert call("npu::npu_dynamic_mx_quant", chip="a5", **given)[1].tolist() == [[[119, 255]]]
 
 
+def rounded_up(call, values, **more):
+    x = torch.zeros(1, 64).bfloat16()
+    x[0, : len(values)] = tensor(values).bfloat16()
+    given = {"input": x, "dst_type": 292, "scale_alg": 1, **more}
+    codes, scales = call("npu::npu_dynamic_mx_quant", chip="a5", **given)
+    return codes[0, 0].float().item(), scales[0, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("largest", "code", "byte"), [(448.0, 448.0, 127), (450.0, 224.0, 128), (1.75, 448.0, 119), (2.0, 256.0, 120)]
+)
+def test_scale_may_be_rounded_up_so_that_nothing_saturates(call, largest, code, byte):
+    assert rounded_up(call, [largest]) == (code, [byte, 0])
+
+
+def test_largest_value_of_a_block_may_have_a_lower_bound(call):
+    assert rounded_up(call, [1.0], max_low_bound=448.0) == (1.0, [127, 127])
+
+
+def test_lower_bound_is_for_scales_that_are_rounded_up_alone(call):
+    with pytest.raises(RuntimeError, match="max_low_bound is"):
+        rounded_up(call, [1.0], scale_alg=0, max_low_bound=1.0)
+
+
+def test_blocks_may_be_longer_and_the_last_one_short(call):
+    given = {"input": torch.full((1, 200), 448.0).bfloat16(), "dst_type": 292, "block_size": 128, "scale_alg": 1}
+    codes, scales = call("npu::npu_dynamic_mx_quant", chip="a5", **given)
+    assert (codes.shape, scales.tolist()) == ((1, 200), [[[127, 127]]])
+
+
+def mx_product(call, **changes):
+    # Each of the three blocks of 32 columns by itself: 1 * 2 * 32 products of 2 and 4, and so on.
+    given = {
+        "x1": torch.ones(1, 96).to(torch.float8_e4m3fn),
+        "x2": torch.ones(2, 96).to(torch.float8_e4m3fn).T,
+        "scale": tensor([[[127, 128], [129, 255]], [[127, 127], [127, 255]]], dtype=torch.uint8).transpose(0, 1),
+        "pertoken_scale": tensor([[[127, 127], [128, 255]]], dtype=torch.uint8),
+        "output_dtype": 6,
+        "scale_dtype": 293,
+        "pertoken_scale_dtype": 293,
+        "group_sizes": [1, 1, 32],
+    }
+    return call("npu::npu_quant_matmul", chip="a5", **given | changes)
+
+
+def test_every_32_columns_have_scales_of_their_own_in_pairs(call):
+    assert mx_product(call).tolist() == [[32.0 + 64.0 + 2 * 128.0, 32.0 + 32.0 + 2 * 32.0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"scale_dtype": None}, r"dtypes of scales are \(None, 293\)"),
+        ({"group_sizes": None}, "group_sizes is None"),
+        ({"scale": torch.full((2, 2, 2), 127, dtype=torch.uint8)}, "transposed alike"),
+        ({"pertoken_scale": torch.full((1, 1, 2), 127, dtype=torch.uint8)}, "the scale of rows has shape"),
+        ({"output_dtype": 3}, "output_dtype is 3"),
+    ],
+)
+def test_product_in_blocks_refuses(call, changes, says):
+    with pytest.raises(RuntimeError, match=says):
+        mx_product(call, **changes)
+
+
+def test_product_in_blocks_is_on_the_newest_chip_alone(call):
+    given = {"x1": torch.ones(1, 32).to(torch.float8_e4m3fn), "x2": torch.ones(32, 1).to(torch.float8_e4m3fn)}
+    scale = torch.full((1, 1, 2), 127, dtype=torch.uint8)
+    options = {"output_dtype": 15, "scale_dtype": 293, "pertoken_scale_dtype": 293, "group_sizes": [1, 1, 32]}
+    with pytest.raises(RuntimeError, match="x is torch"):
+        call("npu::npu_quant_matmul", chip="a3", **given, scale=scale, pertoken_scale=scale, **options)
+
+
+def test_grouped_product_in_blocks_takes_each_experts_scales_and_leaves_rows_behind_alone(call):
+    codes = torch.ones(3, 64).to(torch.float8_e4m3fn)
+    of_experts = tensor([[[[127, 127]]], [[[128, 128]]]], dtype=torch.uint8)
+    (out,) = call(
+        "npu::npu_grouped_matmul",
+        chip="a5",
+        x=[codes],
+        weight=[torch.ones(2, 1, 64).to(torch.float8_e4m3fn).transpose(1, 2)],
+        scale=[of_experts.transpose(1, 2)],
+        per_token_scale=[torch.full((3, 1, 2), 127, dtype=torch.uint8)],
+        group_list=tensor([1, 2]),
+        split_item=3,
+        group_type=0,
+        output_dtype=15,
+        scale_dtype=293,
+        per_token_scale_dtype=293,
+    )
+    assert out[:2].flatten().tolist() == [64.0, 128.0]
+    assert out[2].isnan().all()
+
+
+def tiled(call, chip="a5", **changes):
+    given = {
+        "x": [torch.ones(3, 129).to(torch.float8_e4m3fn)],
+        "weight": [torch.ones(2, 1, 129).to(torch.float8_e4m3fn).transpose(1, 2)],
+        "scale": [tensor([[[1.0, 10.0]], [[0.5, 1.0]]]).transpose(1, 2)],
+        "per_token_scale": [tensor([[1.0, 1.0], [1.0, 3.0], [9.0, 9.0]])],
+    }
+    options = {"group_list": tensor([1, 2]), "split_item": 3, "group_type": 0, "output_dtype": 15}
+    return call("npu::npu_grouped_matmul", chip=chip, **given | options | changes)[0]
+
+
+def test_product_in_tiles_has_a_scale_for_every_128_and_the_rest(call):
+    out = tiled(call)
+    assert out[:2].flatten().tolist() == [128.0 + 10.0, 64.0 + 3.0]
+    assert out[2].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"scale": [torch.ones(2, 2, 1).bfloat16()]}, "scale is torch"),
+        ({"scale": [torch.ones(2, 1, 2)]}, "scale has shape"),
+        ({"per_token_scale": [torch.ones(3, 1)]}, "per_token_scale has shape"),
+        ({"chip": "a3"}, "x is torch"),
+    ],
+)
+def test_product_in_tiles_refuses(call, changes, says):
+    with pytest.raises(RuntimeError, match=says):
+        tiled(call, **changes)
+
+
 def test_tiles_of_128_have_float32_scales(call):
     x = torch.full((1, 256), 448.0).bfloat16()
     x[0, 128:] = 896.0

@@ -108,8 +108,16 @@ INT8 = {"x": torch.ones(2, 3, dtype=torch.int8), "weight": torch.ones(2, 3, 2, d
 
 def test_int8_products_are_scaled_by_column_and_by_token(call):
     scale, token = tensor([[1.0, 2.0], [3.0, 4.0]]), tensor([1.0, 10.0])
-    given = {"scale": [scale], "per_token_scale": [token], "group_list": tensor([1, 2]), "output_dtype": 15}
-    assert grouped(call, **INT8, **given).tolist() == [[3.0, 6.0], [90.0, 120.0]]
+    given = {"per_token_scale": [token], "group_list": tensor([1, 2])}
+    for chip, scales, output in (("a3", scale, 5), ("a3", scale.bfloat16(), 15), ("a5", scale, 15)):
+        out = grouped(call, chip=chip, **INT8, **given, scale=[scales], output_dtype=output)
+        assert out.tolist() == [[3.0, 6.0], [90.0, 120.0]]
+
+
+def test_bfloat16_takes_scales_of_bfloat16_before_a5(call):
+    given = {"scale": [torch.ones(2, 2)], "per_token_scale": [torch.ones(2)], "group_list": tensor([1, 2])}
+    with pytest.raises(RuntimeError, match="output_dtype is 15 for a scale of"):
+        grouped(call, **INT8, **given, output_dtype=15)
 
 
 def test_int8_products_without_scale_stay_int32(call):
@@ -160,11 +168,30 @@ def test_quant_matmul(call):
     assert call("npu::npu_quant_matmul", **given, **scales, output_dtype=15).tolist() == [[30.0, 60.0]]
 
 
+PERMS = {"perm_x1": [1, 0, 2], "perm_x2": [0, 1, 2], "perm_y": [1, 0, 2]}
+
+
 def test_transpose_batchmatmul_permutes_three_times(call):
-    x, w = torch.randn(2, 3, 4).bfloat16(), torch.randn(3, 4, 5).bfloat16()
-    perms = {"perm_x1": [1, 0, 2], "perm_x2": [0, 1, 2], "perm_y": [1, 0, 2]}
-    out = call("npu::npu_transpose_batchmatmul", input=x, weight=w, **perms)
+    x, w = torch.randn(2, 3, 16).bfloat16(), torch.randn(3, 16, 32).bfloat16()
+    out = call("npu::npu_transpose_batchmatmul", input=x, weight=w, **PERMS)
     assert torch.equal(out, torch.einsum("tgk,gkn->tgn", x.float(), w.float()).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("groups", "inner", "outputs", "changes"),
+    [(2, 24, 16, {}), (2, 16, 24, {}), (16, 4096, 16, {}), (2, 16, 16, {"perm_y": [0, 1, 2]})],
+    ids=["K", "N", "K_times_B", "batch_first"],
+)
+def test_transpose_batchmatmul_refuses_sizes_and_orders(call, groups, inner, outputs, changes):
+    given = {"input": torch.zeros(1, groups, inner), "weight": torch.zeros(groups, inner, outputs)}
+    with pytest.raises(RuntimeError, match="npu_transpose_batchmatmul"):
+        call("npu::npu_transpose_batchmatmul", **given, **PERMS | changes)
+
+
+def test_wide_rows_may_come_with_the_batch_first(call):
+    given = {"input": torch.ones(16, 1, 4096), "weight": torch.ones(16, 4096, 16)}
+    out = call("npu::npu_transpose_batchmatmul", **given, **PERMS | {"perm_x1": [0, 1, 2]})
+    assert (out.shape, out.unique().tolist()) == ((1, 16, 16), [4096.0])
 
 
 def test_16cast32_does_not_round_the_product(call):

@@ -29,6 +29,33 @@ def test_rotary_mul_by_a_quarter_turn(call, mode, y):
     assert call("npu::npu_rotary_mul", input=x, r1=cos, r2=sin, rotary_mode=mode).flatten().tolist() == y
 
 
+@pytest.mark.parametrize(
+    ("x", "table", "mode"),
+    [
+        ((5, 7, 3, 4), (5, 7, 1, 4), "interleave"),
+        ((5, 1, 3, 896), (5, 1, 1, 896), "half"),
+        ((5, 1, 1000, 4), (5, 1, 1, 4), "half"),
+        ((5, 7, 4), (5, 7, 4), "interleave"),
+    ],
+    ids=["angles_by_batch", "D", "heads", "angles_by_head"],
+)
+def test_rotary_mul_refuses_layouts_and_sizes_before_a5(call, x, table, mode):
+    given = {"input": torch.zeros(x), "r1": torch.zeros(table), "r2": torch.zeros(table), "rotary_mode": mode}
+    call("npu::npu_rotary_mul", chip="a5", **given)
+    with pytest.raises(RuntimeError, match="r1"):
+        call("npu::npu_rotary_mul", **given)
+
+
+def test_rotary_mul_takes_angles_along_a_long_sequence(call):
+    given = {"input": torch.ones(1200, 1, 3, 4), "r1": torch.ones(1200, 1, 1, 4), "r2": torch.zeros(1200, 1, 1, 4)}
+    assert call("npu::npu_rotary_mul", **given, rotary_mode="interleave").unique().tolist() == [1.0]
+
+
+def test_finalize_wants_as_many_bins_as_a_token_has_experts(call):
+    with pytest.raises(RuntimeError, match="1 experts, 2 of them for a token"):
+        finalized(call, expanded_permuted_rows=ROWS.view(1, 4, 1), drop_pad_mode=3)
+
+
 def test_partial_rotary_writes_the_tail_in_place(call):
     x = tensor([9.0, 8.0, 1.0, 2.0]).view(1, 1, 1, 4)
     table = {"r1": torch.zeros(1, 1, 1, 2), "r2": torch.ones(1, 1, 1, 2)}

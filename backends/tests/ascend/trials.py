@@ -2,8 +2,10 @@
 
 import functools
 import importlib
+import importlib.util
 import json
 import sys
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isolith import OPERATORS, Make, plugins
+from isolith import OPERATORS, Make, config, plugins
 from isolith.kernel import Kernel
 from isolith.registry import Registry
 from isolith_backends.vendor_calls import VendorCall
 from isolith_conformance.judge import Expectation, expect
 
 sys.path.insert(0, str(Path(__file__).parent))
+from cut_adapters import CUTS, Cut
+from more_calls import samples_of
 from wrong_adapters import WRONG, Wrong
 
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
@@ -27,7 +31,7 @@ DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float3
 def taken(kernel: Kernel, dtype: str) -> Iterator[tuple[str, dict]]:
     """(name, arguments on the host) of the samples with work that the kernel takes."""
     operator = kernel.operator
-    for sample in operator.samples(Make(DTYPES[dtype], seed=f"{operator.name}-{dtype}")):
+    for sample in samples_of(operator, Make(DTYPES[dtype], seed=f"{operator.name}-{dtype}")):
         arguments = operator.arguments(**sample.arguments)
         refused = kernel.requires.why_not(arguments) or (kernel.why_not and kernel.why_not(**arguments))
         if not refused and not {"invariants", "slow"} & set(sample.tags):
@@ -37,7 +41,7 @@ def taken(kernel: Kernel, dtype: str) -> Iterator[tuple[str, dict]]:
 @functools.cache
 def expected(operator: str, sample: str, dtype: str) -> Expectation:
     """What is due for a sample."""
-    made = OPERATORS[operator].samples(Make(DTYPES[dtype], seed=f"{operator}-{dtype}"))
+    made = samples_of(OPERATORS[operator], Make(DTYPES[dtype], seed=f"{operator}-{dtype}"))
     found = next(one for one in made if one.name == sample)
     arguments = OPERATORS[operator].arguments(**found.arguments)
     declared = tuple(OPERATORS[operator].declared)
@@ -92,10 +96,25 @@ def applied(wrong: Wrong) -> Iterator[list[str]]:
         VendorCall.__call__ = right
 
 
-def why_found(kernels: dict[str, Kernel], wrong: Wrong) -> str:
+def without(cut: Cut) -> Kernel:
+    """The kernel of the module compiled anew, with the text replaced."""
+    spec = importlib.util.find_spec(f"isolith_backends.ascend.{cut.module}")
+    text = Path(str(spec and spec.origin)).read_text()
+    if text.count(cut.before) != 1:
+        raise ValueError(f"{cut.name}: {cut.before!r} stands {text.count(cut.before)} times in {cut.module}.py")
+    made = types.ModuleType(f"isolith_backends.ascend.{cut.module}")
+    exec(compile(text.replace(cut.before, cut.after), f"{cut.module}.py of {cut.name}", "exec"), vars(made))
+    kernel: Kernel = getattr(made, cut.kernel.partition(".")[2])
+    return kernel
+
+
+def why_found(kernels: dict[str, Kernel], wrong: Wrong | Cut) -> str:
     """What the judge says of the first sample that shows a wrong adapter; empty where it lives."""
     if wrong.kernel not in kernels:
         return ""
+    if isinstance(wrong, Cut):
+        found = problems(without(wrong), wrong.dtype)
+        return next((f"{sample}: {problem}" for sample, problem in found if problem), "")
     with applied(wrong):
         found = problems(kernels[wrong.kernel], wrong.dtype)
         return next((f"{sample}: {problem}" for sample, problem in found if problem), "")
@@ -113,11 +132,13 @@ def loaded() -> dict[str, Kernel]:
 
 
 def main(words: list[str]) -> None:
-    """Print JSON: "wrong [NAME..]" what was found of each, "kernels" which are available, "right [KERNEL..]"."""
+    """Print JSON: "wrong [NAME..]" what was found of each of this chip, "right [KERNEL..]", "kernels" available."""
     kernels = loaded()
     what, *names = words
     if what == "wrong":
-        result: Any = {w.name: why_found(kernels, w) for w in WRONG if not names or w.name in names}
+        twin = (config.from_environment().twin or "a3").partition("-")[0]
+        here = [wrong for wrong in (*WRONG, *CUTS) if wrong.twin == twin]
+        result: Any = {w.name: why_found(kernels, w) for w in here if not names or w.name in names}
     elif what == "right":
         chosen = names or list(kernels)
         every = {f"{name} {dtype}": problems(kernels[name], dtype) for name in chosen for dtype in DTYPES}

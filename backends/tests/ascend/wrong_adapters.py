@@ -1,7 +1,8 @@
 """Adapters that fall into a trap of the vendor's documents: each one line of change, as it would stand in an adapter.
 
-A trap is a change of what a call is given, or of what it gives back. `trials.py` applies one at a time and runs
-the samples of a kernel on the twin; the judge must find every one of them.
+A trap is a change of what a call is given, or of what it gives back; those that are a line of the adapter itself stand
+in cut_adapters.py. `trials.py` applies one at a time and runs the samples of a kernel on the twin; the judge must find
+every one of them.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,7 @@ class Wrong:
         dtype: In which the samples are made.
         change: Gives the changed arguments; None for a change of the results.
         result: Gives the changed results.
+        twin: The chip that shows it.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Wrong:
     dtype: str
     change: Callable[[Given], Given] | None = None
     result: Callable[[Any], Any] | None = None
+    twin: str = "a3"
 
 
 def put(**values: Any) -> Callable[[Given], Given]:
@@ -98,11 +101,43 @@ def block_0_is_a_block(given: Given) -> Given:
 
 
 def rows_without_expert_axis(given: Given) -> Given:
-    return given | {"expanded_permuted_rows": given["expanded_permuted_rows"][0], "drop_pad_mode": 2}
+    return given | {"expanded_permuted_rows": given["expanded_permuted_rows"][:, 0], "drop_pad_mode": 2}
+
+
+def dropped_pairs_read_the_last_row(given: Given) -> Given:
+    """Rows behind the active ones hold what was there before, and 0 times it may be no number."""
+    index, last = given["expanded_src_to_dst_row"], given["expanded_permuted_rows"].shape[0] - 1
+    return given | {"expanded_src_to_dst_row": torch.where(index < 0, last, index)}
+
+
+def without_transposed_scale(scale: torch.Tensor) -> torch.Tensor:
+    """The same values, laid out as they are shown."""
+    return scale.contiguous()
+
+
+def tiles_in_reverse(scale: torch.Tensor) -> torch.Tensor:
+    return scale.transpose(1, 2).flip(1, 2).transpose(1, 2)
+
+
+def pairs_exchanged(scale: torch.Tensor) -> torch.Tensor:
+    """The two scales of 64 elements the other way round."""
+    return scale.flip(-1)
+
+
+def rows_of_one_expert(given: Given) -> Given:
+    return given | {"expanded_permuted_rows": given["expanded_permuted_rows"].transpose(0, 1).contiguous()}
 
 
 def halves_exchanged(x: torch.Tensor) -> torch.Tensor:
     return torch.cat(tuple(reversed(x.chunk(2, dim=-1))), dim=-1)
+
+
+def every_other(angle: torch.Tensor) -> torch.Tensor:
+    return angle[..., ::2].contiguous()
+
+
+def rolled(rows: torch.Tensor) -> torch.Tensor:
+    return rows.roll(1, dims=0)
 
 
 def rounded(tensor: torch.Tensor) -> torch.Tensor:
@@ -133,6 +168,13 @@ HYBRID = "hybrid_attention.hybrid_attention", "npu_sparse_attn_sharedkv", "bfloa
 PREPARE = "hybrid_attention.hybrid_attention", "npu_sparse_attn_sharedkv_metadata", "bfloat16"
 MLA = "mla_attention.mla_attention", "npu_sparse_flash_attention", "bfloat16"
 PROJECT = "grouped_output_proj.grouped_output_proj", "npu_transpose_batchmatmul", "bfloat16"
+
+COMBINE_OF_LAYER = "fused_moe.fused_moe", "npu_moe_finalize_routing", "bfloat16"
+MX_QUANT = "act_quant_fp8.act_quant_fp8", "npu_dynamic_mx_quant", "bfloat16"
+TILES = "act_quant_fp8.act_quant_fp8_in_float32", "npu_dynamic_block_quant", "bfloat16"
+MX_LINEAR = "quant_linear.quant_linear_of_e4m3", "npu_quant_matmul", "bfloat16"
+TILED_GEMM = "grouped_gemm.grouped_gemm_in_tiles", "npu_grouped_matmul", "bfloat16"
+MX_GEMM = "grouped_gemm.grouped_gemm_of_e4m3", "npu_grouped_matmul", "bfloat16"
 
 WRONG = (
     Wrong("epsilon_is_the_default", *NORM, without("epsilon")),
@@ -185,8 +227,8 @@ WRONG = (
     Wrong("running_sums_said_to_be_counts", *GEMM, put(group_list_type=1)),
     Wrong("group_list_in_int32", *GEMM, on("group_list", lambda ends: ends.int())),
     Wrong("weight_not_transposed", *GEMM, on_each("weight", lambda weight: weight.transpose(1, 2))),
-    Wrong("no_scale_of_tokens", *GEMM, put(per_token_scale=None)),
-    Wrong("scale_of_outputs_is_one", *GEMM, on_each("scale", torch.ones_like)),
+    Wrong("no_scale_of_tokens", *GEMM, put(per_token_scale=None), twin="a5"),
+    Wrong("scale_of_outputs_is_one", *GEMM, on_each("scale", torch.ones_like), twin="a5"),
     Wrong("smooth_left_out", *QUANT, put(smooth_scales=None)),
     Wrong("scale_is_amax", *QUANT, None, lambda results: (results[0], results[1] * 127)),
     Wrong("x2_not_transposed", *LINEAR, on("x2", lambda x2: x2.T)),
@@ -220,4 +262,40 @@ WRONG = (
     Wrong("flash_query_sums_with_zero", *MLA, on("actual_seq_lengths_query", with_zero)),
     Wrong("groups_before_tokens", *PROJECT, put(perm_y=[0, 1, 2])),
     Wrong("weights_of_groups_in_reverse", *PROJECT, on("weight", lambda weight: weight.flip(0))),
+    Wrong("bias_in_bfloat16", *GATE, on("bias", lambda bias: bias.bfloat16())),
+    Wrong("renormalisation_asked_of_the_call", *GATE_OF_TORCH, put(renorm=1)),
+    Wrong("expert_num_is_the_default", *PERMUTE, without("expert_num")),
+    Wrong("indices_in_int64", *PERMUTE, on("expert_idx", lambda idx: idx.long())),
+    Wrong("scale_of_tokens_not_carried", *PERMUTE, put(scale=None)),
+    Wrong("weights_in_another_dtype", *COMBINE, on("scales", lambda scales: scales.bfloat16())),
+    Wrong("k_is_the_default", *COMBINE, put(scales=None)),
+    Wrong("fewer_bins_than_a_token_has_experts", *COMBINE, rows_of_one_expert),
+    Wrong("dropped_pairs_read_the_last_row", *COMBINE_OF_LAYER, dropped_pairs_read_the_last_row),
+    Wrong("split_item_is_the_default", *GEMM, without("split_item")),
+    Wrong("group_type_is_the_default", *GEMM, without("group_type")),
+    Wrong("output_dtype_is_the_default", *GEMM, without("output_dtype")),
+    Wrong("tables_of_half_the_width", *OF_SLICE, all_of(on("r1", every_other), on("r2", every_other))),
+    Wrong("angles_of_the_entry_before", *COMPRESS, all_of(on("rope_sin", rolled), on("rope_cos", rolled))),
+    Wrong("ring_instead_of_pages", *COMPRESS, put(cache_mode=2)),
+    Wrong("coff_is_the_default", *COMPRESS, put(coff=1)),
+    Wrong("sums_of_the_compressor_without_zero", *COMPRESS, on("cu_seqlens", lambda sums: sums[1:])),
+    Wrong("sums_of_the_attention_without_zero", *HYBRID, on("cu_seqlens_q", lambda sums: sums[1:])),
+    Wrong("layout_of_keys_is_the_default", *INDEXER, without("layout_key")),
+    Wrong("count_is_the_default", *INDEXER, without("sparse_count")),
+    Wrong("scale_rounded_down", *MX_QUANT, without("scale_alg", "max_low_bound"), twin="a5"),
+    Wrong("four_bits_are_the_default", *MX_QUANT, without("dst_type"), twin="a5"),
+    Wrong("blocks_of_32_are_the_default", *MX_QUANT, without("block_size"), twin="a5"),
+    Wrong("no_floor_of_amax", *MX_QUANT, without("max_low_bound"), twin="a5"),
+    Wrong("format_of_tiles_is_the_default", *TILES, without("dst_type"), twin="a5"),
+    Wrong("dtype_of_scales_left_out", *MX_LINEAR, without("scale_dtype", "pertoken_scale_dtype"), twin="a5"),
+    Wrong("group_sizes_left_out", *MX_LINEAR, without("group_sizes"), twin="a5"),
+    Wrong("pairs_of_rows_exchanged", *MX_LINEAR, on("pertoken_scale", pairs_exchanged), twin="a5"),
+    Wrong("pairs_of_weights_exchanged", *MX_GEMM, on_each("scale", pairs_exchanged), twin="a5"),
+    Wrong("scale_not_transposed_as_the_weight", *MX_GEMM, on_each("scale", without_transposed_scale), twin="a5"),
+    Wrong("scales_said_to_be_numbers", *MX_GEMM, without("scale_dtype"), twin="a5"),
+    Wrong("e4m3_said_again", *MX_GEMM, put(x_dtype=24), twin="a5"),
+    Wrong("scale_of_tiles_not_transposed", *TILED_GEMM, on_each("scale", without_transposed_scale), twin="a5"),
+    Wrong("tiles_in_reverse", *TILED_GEMM, on_each("scale", tiles_in_reverse), twin="a5"),
+    Wrong("tiles_said_to_be_powers", *TILED_GEMM, put(scale_dtype=293), twin="a5"),
+    Wrong("mx_counts_as_group_list", *MX_GEMM, on("group_list", counts_of), twin="a5"),
 )

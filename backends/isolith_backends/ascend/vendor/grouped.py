@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isolith_backends.ascend.vendor.mx_products import mx_grouped_matmul, tiled_grouped_matmul
 from isolith_backends.ascend.vendor.rules import HALVES, need, need_dtype, need_shape, per_token, poison
 from isolith_backends.ascend.vendor.soc import current
 from isolith_backends.ascend.vendor.swiglu import glu
@@ -67,6 +68,28 @@ def only(name: str, which: str, tensors: Sequence[Tensor] | None, shape: tuple[i
     return tensors[0]
 
 
+def of_e4m3(
+    x: Tensor,
+    weight: Tensor,
+    scales: tuple[Sequence[Tensor] | None, Sequence[Tensor] | None],
+    group_list: Tensor | None,
+    kind: int,
+    dtypes: tuple[int | None, int | None],
+    output: int | None,
+) -> Tensor:
+    """npu_grouped_matmul of e4m3: with a scale for every 32, or with three axes of float32 scales for tiles of 128."""
+    name = "npu_grouped_matmul"
+    need(name, bool(scales[0]) and bool(scales[1]) and group_list is not None, "e4m3 takes both scales and groups")
+    assert group_list is not None
+    assert scales[0] is not None
+    assert scales[1] is not None
+    scale, of_rows = scales[0][0], scales[1][0]
+    sizes = sizes_of(name, group_list, kind, x.shape[0], weight.shape[0])
+    if scale.dim() == 3 and dtypes == (None, None):
+        return tiled_grouped_matmul(x, weight, scale, of_rows, output, sizes)
+    return mx_grouped_matmul(x, weight, scale, of_rows, dtypes, output, sizes)
+
+
 def npu_grouped_matmul(
     x: Sequence[Tensor],
     weight: Sequence[Tensor],
@@ -83,10 +106,16 @@ def npu_grouped_matmul(
 ) -> list[Tensor]:
     """One x over experts (group_type 0), or a product for each pair (group_type -1)."""
     name = "npu_grouped_matmul"
+    dtypes = rest.pop("scale_dtype", None), rest.pop("per_token_scale_dtype", None)
     need(name, not any(value for value in rest.values()), f"{sorted(k for k, v in rest.items() if v)} not in this twin")
-    for tensor in (*x, *weight):
-        need(name, tensor.numel() > 0, "nothing may be empty")
-        need(name, tensor.shape[-1] < MOST_INNER, f"an inner axis has {tensor.shape[-1]} elements")
+    fits = all(tensor.numel() > 0 and tensor.shape[-1] < MOST_INNER for tensor in (*x, *weight))
+    need(name, fits, f"nothing may be empty, inner axes are below {MOST_INNER}")
+    if x[0].dtype == torch.float8_e4m3fn:
+        legal = group_type == 0 and split_item in (2, 3) and act_type == 0 and len(x) == len(weight) == 1 and not bias
+        need(name, legal, "e4m3 takes one x and one weight with groups of rows, without bias and activation")
+        both = scale, per_token_scale
+        return [of_e4m3(x[0], weight[0], both, group_list, group_list_type, dtypes, output_dtype)]
+    need(name, dtypes == (None, None), f"dtypes of scales are {dtypes}")
     wanted = (torch.float16,) if current().name == "310P" else (*HALVES, torch.int8)
     need_dtype(name, "x", x[0], wanted)
     need(name, all(w.dtype == x[0].dtype for w in weight), f"weight is {weight[0].dtype}, x {x[0].dtype}")
@@ -96,9 +125,7 @@ def npu_grouped_matmul(
         need(name, len(x) == len(experts) and x[0].dtype != torch.int8, f"{len(x)} x, {len(experts)} weights")
         return [product(a, b).to(a.dtype) for a, b in zip(x, experts, strict=True)]
     need(name, group_type == 0, f"group_type is {group_type}; this twin knows -1 and 0")
-    need(
-        name, split_item in (2, 3) and len(x) == 1, f"split_item is {split_item}: outputs of their own not in this twin"
-    )
+    need(name, split_item in (2, 3) and len(x) == 1, f"split_item is {split_item}: one output alone in this twin")
     need(name, group_list is not None and group_list_type in (0, 1, 2), f"group_list_type is {group_list_type}")
     need(name, group_list_type != 2 or x[0].dtype == torch.int8, "pairs are for int8")
     assert group_list is not None
@@ -139,7 +166,10 @@ def dtype_out(
     if tokens is not None:
         need_dtype(name, "per_token_scale", tokens, (torch.float32,))
     need(name, number in (5, 15), f"output_dtype is {number}; bfloat16 (15) or float16 (5)")
-    need(name, number == 15 or tokens is not None, "float16 without per_token_scale needs a packed int64 scale")
+    # The document's table of dtypes: float16 comes of float32 scales, bfloat16 of bfloat16 ones, on A5 of both.
+    narrow = torch.bfloat16 if number == 15 else torch.float32
+    legal = scale.dtype == narrow or (number == 15 and current().name == "A5")
+    need(name, legal, f"output_dtype is {number} for a scale of {scale.dtype}")
     return OUTPUTS[number or 15]
 
 

@@ -82,27 +82,29 @@ def npu_lightning_indexer(
     name = "npu_lightning_indexer"
     need_dtype(name, "query", query, HALVES)
     need_dtype(name, "key", key, (query.dtype,))
-    need_dtype(name, "weights", weights, (query.dtype,))
+    need_dtype(name, "weights", weights, (query.dtype, torch.float32))
     heads = query.shape[-2]
     need(name, layout_query in QUERY_LAYOUTS, f"layout_query is {layout_query!r}")
     need(name, query.shape[-1] == key.shape[-1] == HEAD, f"D is {query.shape[-1]} and {key.shape[-1]}, not {HEAD}")
     legal = heads in HEADS_A5 if current().name == "A5" else heads <= MOST_HEADS
     need(name, legal and query.numel() > 0, f"the query is {tuple(query.shape)}")
     need_shape(name, "weights", weights, tuple(query.shape[:-1]))
-    need(name, 1 <= sparse_count <= 2048 or 3072 <= sparse_count <= 8192, f"sparse_count is {sparse_count}")
+    wide = 3072 <= sparse_count <= 8192 and sparse_count % 1024 == 0
+    need(name, 1 <= sparse_count <= 2048 or wide, f"sparse_count is {sparse_count}")
     need(name, sparse_mode in (0, 3), f"sparse_mode is {sparse_mode}")
     queries = Queries.of(name, query, layout_query, actual_seq_lengths_query, None, with_zero=False)
     keys = KeyRows(name, key, layout_key, actual_seq_lengths_key, block_table)
     need(name, len(keys.lengths) == queries.batch, f"{queries.batch} requests, {len(keys.lengths)} lengths of keys")
     chosen = poison((*query.shape[:-2], 1, sparse_count), torch.int32)
-    values = poison(chosen.shape, query.dtype)
-    flat, wide, gate = query.view(-1, heads, HEAD), chosen.view(-1, sparse_count), weights.reshape(-1, heads)
+    # What is not asked for is empty, as torch_npu's own meta kernel has it.
+    values = poison(chosen.shape if return_value else (0,), query.dtype)
+    flat, rows_of, gate = query.view(-1, heads, HEAD), chosen.view(-1, sparse_count), weights.reshape(-1, heads)
     for request, row, index in queries.each():
         total = keys.lengths[request]
         limit = total - queries.lengths[request] + index + 1 if sparse_mode == 3 else total
         rows = keys.rows(request, torch.arange(total))
         scores = gate[row].float() @ torch.relu(flat[row].float() @ rows.T)
-        wide[row], kept = selected(scores, max(limit, 0), sparse_count, total, tail_of_masked=True)
+        rows_of[row], kept = selected(scores, max(limit, 0), sparse_count, total, tail_of_masked=True)
         if return_value:
             values.view(-1, sparse_count)[row] = kept.to(query.dtype)
     return chosen, values

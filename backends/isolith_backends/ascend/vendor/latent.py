@@ -71,7 +71,9 @@ def npu_sparse_flash_attention(
     pools = [KeyRows(name, part, layout_kv, actual_seq_lengths_kv, block_table) for part in (key, values, turned_k)]
     need(name, len(pools[0].lengths) == queries.batch, f"{queries.batch} requests, {len(pools[0].lengths)} of keys")
     out = poison(query.shape, query.dtype)
-    most, total = (poison(query.shape[:-1], torch.float32) for _ in range(2))
+    # What is not asked for is empty, as torch_npu's own meta kernel has it.
+    asked = query.shape[:-1] if return_softmax_lse else (0,)
+    most, total = (poison(asked, torch.float32) for _ in range(2))
     wide = torch.cat((query, turned_q), dim=-1).view(-1, heads, HEAD + ROPE).float()
     indices = sparse_indices.reshape(-1, sparse_indices.shape[-1])
     for request, row, index in queries.each():

@@ -1,7 +1,8 @@
 """Quantisation in blocks, on the newest chips.
 
-Source: Ascend/op-plugin 517f2e7d docs of npu_dynamic_mx_quant, npu_dynamic_block_quant and npu_swiglu_group_quant; the
-Microscaling formats specification v1.0 of the Open Compute Project for how a block's scale is chosen (scale_alg 0).
+Source: Ascend/op-plugin 517f2e7d docs of npu_dynamic_mx_quant (scale_alg 1 rounds amax / 448 up to a power of two, with
+max_low_bound below amax), npu_dynamic_block_quant and npu_swiglu_group_quant; the Microscaling formats specification
+v1.0 of the Open Compute Project for how a block's scale is chosen (scale_alg 0).
 """
 
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isolith_backends.ascend.vendor.rules import HALVES, need, need_dtype, poison
+from isolith_backends.ascend.vendor.rules import FLOATS, HALVES, need, need_dtype, poison
 from isolith_backends.ascend.vendor.swiglu import glu
 
-BLOCK, TILE = 32, 128
+BLOCK, TILE, LARGEST_BLOCK = 32, 128, 1024
 E4M3, E5M2, E2M1 = (24, 292), (23, 291), (296,)
 """Numbers of dtypes, of torch and of torch_npu."""
 FP8 = {
@@ -27,6 +28,15 @@ def exponents(values: Tensor, dtype: torch.dtype) -> Tensor:
     """The shared exponent of each block: that of its largest magnitude less that of the format's."""
     most = values.abs().amax(-1)
     return torch.where(most > 0, torch.frexp(most).exponent - 1 - LARGEST_EXPONENT[dtype], -127).clamp(-127, 127)
+
+
+def rounded_up(values: Tensor, dtype: torch.dtype, least: float) -> Tensor:
+    """The exponent of the power of two that amax / largest is rounded up to."""
+    ratio = values.abs().amax(-1).clamp(min=least) / torch.finfo(dtype).max
+    mantissa, exponent = torch.frexp(ratio)
+    normal = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(max=127)
+    below = torch.where(ratio > 2.0**-127, -126, -127)  # half of the smallest normal number
+    return torch.where(ratio >= 2.0**-126, normal, below)
 
 
 def e2m1(values: Tensor) -> Tensor:
@@ -51,23 +61,31 @@ def npu_dynamic_mx_quant(
 ) -> tuple[Tensor, Tensor]:
     """(codes, scales [.., blocks / 2, 2] as bytes); an odd block's neighbour is not written."""
     name = "npu_dynamic_mx_quant"
-    need_dtype(name, "x", input, HALVES)
-    need(name, axis in (-1, input.dim() - 1) and block_size == BLOCK, f"axis {axis}, blocks of {block_size}")
-    need(name, round_mode == "rint" and not scale_alg, f"round_mode {round_mode!r}, scale_alg {scale_alg}")
-    need(name, dst_type_max == max_low_bound == 0.0, "limits are not in this twin")
+    need_dtype(name, "x", input, FLOATS)
+    need(name, axis in (-1, input.dim() - 1), f"axis {axis} is not in this twin")
+    need(name, block_size % BLOCK == 0 and 0 < block_size <= LARGEST_BLOCK, f"blocks of {block_size}")
+    narrow = input.dtype != torch.float32 or (block_size == BLOCK and input.shape[-1] >= BLOCK)
+    need(name, narrow, f"float32 {tuple(input.shape)} in blocks of {block_size}")
     need(name, dst_type in FP8 or dst_type in E2M1, f"dst_type is {dst_type}")
-    need(name, input.shape[-1] % BLOCK == 0 and input.numel() > 0, f"x is {tuple(input.shape)}; a multiple of {BLOCK}")
-    codes, shared = blocks(input.float(), FP8.get(dst_type, torch.uint8))
+    algorithms = (None, 0, 1) if dst_type in FP8 else (None, 0)
+    need(name, round_mode == "rint" and scale_alg in algorithms, f"round_mode {round_mode!r}, scale_alg {scale_alg}")
+    need(name, dst_type_max == 0.0, "dst_type_max is not in this twin")
+    need(name, max_low_bound == 0.0 or (scale_alg == 1 and max_low_bound > 0.0), f"max_low_bound is {max_low_bound}")
+    need(name, input.numel() > 0 and (dst_type in FP8 or input.shape[-1] % 2 == 0), f"x is {tuple(input.shape)}")
+    codes, shared = blocks(
+        input.float(), FP8.get(dst_type, torch.uint8), block_size, max_low_bound if scale_alg else None
+    )
     scales = poison((*shared.shape[:-1], -(-shared.shape[-1] // 2) * 2), torch.uint8)
     scales[..., : shared.shape[-1]] = (shared + 127).to(torch.uint8)
     return codes, scales.unflatten(-1, (-1, 2))
 
 
-def blocks(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(codes, shared exponents) of blocks of 32."""
-    parts = values.unflatten(-1, (-1, BLOCK))
-    shared = exponents(parts, dtype)
-    scaled = torch.ldexp(parts, -shared[..., None]).flatten(-2)
+def blocks(values: Tensor, dtype: torch.dtype, size: int = BLOCK, least: float | None = None) -> tuple[Tensor, Tensor]:
+    """(codes, shared exponents) of blocks, the last filled up with zeros; rounded up where there is a least amax."""
+    columns = values.shape[-1]
+    parts = torch.nn.functional.pad(values, (0, -columns % size)).unflatten(-1, (-1, size))
+    shared = exponents(parts, dtype) if least is None else rounded_up(parts, dtype, least)
+    scaled = torch.ldexp(parts, -shared[..., None]).flatten(-2)[..., :columns]
     if dtype == torch.uint8:
         return e2m1(scaled), shared
     most = torch.finfo(dtype).max
@@ -96,7 +114,8 @@ def npu_dynamic_block_quant(
 def tiles(values: Tensor, dtype: torch.dtype, min_scale: float = 0.0) -> tuple[Tensor, Tensor]:
     """(codes, scales) of tiles of 128; a tile of zeros has scale 0 and codes that mean nothing."""
     parts = values.unflatten(-1, (-1, TILE))
-    scale = (parts.abs().amax(-1) / torch.finfo(dtype).max).clamp(min=min_scale)
+    scale = parts.abs().amax(-1) / torch.finfo(dtype).max
+    scale = scale.clamp(max=1 / min_scale) if min_scale else scale  # the document's formula, whatever its name
     return (parts / scale[..., None]).to(dtype).flatten(-2), scale
 
 

@@ -217,6 +217,7 @@ def npu_moe_finalize_routing(
         need_dtype(name, "scales", scales, (rows.dtype,))
         need(name, scales.dim() == 2 and scales.numel() == index.numel(), f"scales are {tuple(scales.shape)}")
     count = scales.shape[1] if scales is not None else 1
+    need(name, not drops or rows.shape[0] >= count, f"{rows.shape[0]} experts, {count} of them for a token")
     tokens = index.numel() // count
     order = index.view(tokens, count) if drop_pad_mode >= 2 else index.view(count, tokens).T
     found = gathered(rows.flatten(0, -2), order)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from isolith_backends.ascend.vendor.grouped import OUTPUTS, dequantised, product
+from isolith_backends.ascend.vendor.mx_products import mx_matmul
 from isolith_backends.ascend.vendor.rules import (
     FLOATS,
     HALVES,
@@ -73,6 +74,11 @@ def npu_quant_matmul(
     **rest: Any,
 ) -> Tensor:
     name = "npu_quant_matmul"
+    if x1.dtype == torch.float8_e4m3fn:
+        dtypes = rest["scale_dtype"], rest["pertoken_scale_dtype"]
+        need(name, pertoken_scale is not None and offset is None and bias is None, "MX without pertoken_scale")
+        assert pertoken_scale is not None
+        return mx_matmul(x1, x2, scale, pertoken_scale, dtypes, rest["group_sizes"], output_dtype)
     need(name, not any(v is not None and not (isinstance(v, Sequence) and not v) for v in rest.values()), f"{rest}")
     need(name, offset is None, "offset goes with int8 results; not in this twin")
     need_dtype(name, "x1", x1, (torch.int8,))
@@ -110,14 +116,19 @@ def npu_transpose_batchmatmul(
     need(name, bias is None and scale is None and batch_split_factor == 1, "bias, scale and splitting not in this twin")
     need(name, input.dim() == weight.dim() == 3, f"{tuple(input.shape)} by {tuple(weight.shape)}")
     need(name, input.numel() > 0 and weight.numel() > 0, "nothing may be empty")
+    newest = current().name == "A5"
     for which, perm, legal in (
         ("perm_x1", perm_x1, ([0, 1, 2], [1, 0, 2])),
-        ("perm_x2", perm_x2, ([0, 1, 2], [0, 2, 1])),
-        ("perm_y", perm_y, ([1, 0, 2], [0, 1, 2])),
+        ("perm_x2", perm_x2, ([0, 1, 2], [0, 2, 1]) if newest else ([0, 1, 2],)),
+        ("perm_y", perm_y, ([1, 0, 2],)),
     ):
         need(name, perm is None or list(perm) in legal, f"{which} is {perm}, not one of {legal}")
     left, right = input.permute(*(perm_x1 or (0, 1, 2))), weight.permute(*(perm_x2 or (0, 1, 2)))
     need(name, left.shape[0] == right.shape[0] and left.shape[2] == right.shape[1], f"{left.shape} by {right.shape}")
+    whole = right.shape[1] % 16 == 0 and right.shape[2] % 16 == 0
+    wide = right.shape[1] * (right.shape[0] if list(perm_x1 or ()) == [1, 0, 2] else 1)
+    fits = whole and max(wide, right.shape[2]) < 65536
+    need(name, newest or fits, f"{tuple(right.shape)}: K and N are multiples of 16, K (turned: times B) below 65536")
     return torch.bmm(left.float(), right.float()).permute(*(perm_y or (1, 0, 2))).to(input.dtype).contiguous()
 
 

@@ -1,6 +1,6 @@
 """Rotary products of torch_npu, vllm-ascend and cann-recipes.
 
-Source: Ascend/op-plugin 517f2e7d, npu_rotary_mul; vllm-ascend 182b75ea and cann-recipes-infer fbc225d2,
+Source: Ascend/op-plugin docs of npu_rotary_mul; vllm-ascend 182b75ea and cann-recipes-infer fbc225d2,
 inplace_partial_rotary_mul.
 """
 
@@ -10,8 +10,24 @@ import torch
 from torch import Tensor
 
 from isolith_backends.ascend.vendor.rules import FLOATS, need, need_dtype, rotated
+from isolith_backends.ascend.vendor.soc import current
 
 MOST_DIMS = 1024
+LAYOUTS = {"BNSD": ("11SD", "B1SD", "BNSD"), "BSND": ("1S1D", "BS1D", "BSND"), "SBND": ("S11D", "SB1D", "SBND")}
+"""Of x, with those of the tables in mode "half"; "interleave" takes the first of them alone."""
+
+
+def has_layout(x: Tensor, table: Tensor, mode: str) -> bool:
+    """Whether there is a layout on A2 and A3 that x and a table have, within its sizes."""
+    known = LAYOUTS if x.dim() == 4 else {"TND": ("T1D", "TND")}
+    for layout, tables in known.items():
+        sizes = dict(zip(layout, x.shape, strict=True)) | {"1": 1}
+        batch, heads = sizes.get("B", 1), sizes["N"]
+        fits = batch * heads < 1000 if mode == "interleave" else max(batch, heads) < 1000
+        for of_table in tables[:1] if mode == "interleave" else tables:
+            if fits and sizes["D"] < 896 and tuple(table.shape) == tuple(sizes[axis] for axis in of_table):
+                return True
+    return False
 
 
 def npu_rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str, rotate: Tensor | None) -> Tensor:
@@ -25,7 +41,8 @@ def npu_rotary_mul(input: Tensor, r1: Tensor, r2: Tensor, rotary_mode: str, rota
         need_dtype(name, which, table, (input.dtype,))
         sizes = zip(table.shape, input.shape, strict=False)
         fits = table.dim() == input.dim() and all(a in (1, b) for a, b in sizes) and table.shape[-1] == input.shape[-1]
-        need(name, fits, f"{which} {tuple(table.shape)} does not go with x {tuple(input.shape)}")
+        fits = fits and (current().name == "A5" or has_layout(input, table, rotary_mode))
+        need(name, fits, f"{which} {tuple(table.shape)} does not go with x {tuple(input.shape)} in {rotary_mode!r}")
     return rotated(input, r1, r2, rotary_mode).to(input.dtype)
 
 
