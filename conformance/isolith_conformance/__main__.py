@@ -2,6 +2,7 @@
 
     python -m isolith_conformance [OPTIONS] [PYTEST OPTIONS]   check every backend that this machine has
     python -m isolith_conformance reproduce CASE-ID --seed N   run one case of a report again
+    python -m isolith_conformance reproduce FOLDER             run a call again that a shadow run has kept
     python -m isolith_conformance page REPORT OUT.html         the report as one page
     python -m isolith_conformance compare A.json B.json        where two runs, or two benchmarks, differ
     python -m isolith_conformance bench [OPTIONS]              how fast a model's operators are; bench --help
@@ -50,9 +51,23 @@ def reproduce(arguments: list[str]) -> int:
         print("reproduce needs the id of a case, as a report gives it", file=sys.stderr)
         return CANNOT_START
     case, *rest = arguments
+    if (Path(case) / "call.json").is_file():
+        return reproduce_kept(Path(case), rest)
     backend = [] if any(word.startswith("--backend") for word in rest) else ["--backend", case.partition("/")[0]]
     operator = ["--op", case.split("/")[1]] if case.count("/") >= 2 else []
     return run(["--case", case, "--tb=auto", "-v", *backend, *operator, *rest])
+
+
+def reproduce_kept(folder: Path, arguments: list[str]) -> int:
+    """Run a call again that a shadow run has kept."""
+    from isolith_conformance.shadow_reproduce import reproduce_command
+
+    parser = argparse.ArgumentParser(prog=f"isolith_conformance reproduce {folder}")
+    parser.add_argument("--backend", default="", metavar="NAME", help="another backend than the kernel's own")
+    parser.add_argument("--how", choices=("hardware", "interpreter", "twin"))
+    parser.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS")
+    options = parser.parse_args(arguments)
+    return reproduce_command(folder, options.backend, options.how, options.timeout)
 
 
 def page(arguments: list[str]) -> int:

@@ -5,14 +5,15 @@ import os
 import platform
 import resource
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 import isolith
-from isolith import plugins
+from isolith import config, plugins
+from isolith.machine import processor
+from isolith.operator import AnyOperator
 from isolith_conformance.case import Unit
 from isolith_conformance.execute import Values
 from isolith_conformance.layers import UNITS
@@ -78,8 +79,8 @@ class Found:
     def units_of(self, name: str) -> list[Unit]:
         """The candidates for one operator."""
         operator, native = UNITS[name], bool(self.description["native"])
-        rows = [dict(row) for row in self.kernels(name) if not row.get("why_unavailable")]
-        if operator.composed_of and (not rows or native):
+        rows = self.kernels_here(name)
+        if operator.composed_of and (native or (not rows and self.has_part_of(operator))):
             rows.append({"name": "composition"})
         elif native:
             rows.append({"name": "reference"})
@@ -97,6 +98,14 @@ class Found:
             )
             for row in rows or [{"name": ""}]
         ]
+
+    def kernels_here(self, name: str) -> list[Values]:
+        """The kernels that it has for an operator and that can run here."""
+        return [dict(row) for row in self.kernels(name) if not row.get("why_unavailable")]
+
+    def has_part_of(self, operator: AnyOperator) -> bool:
+        """Whether it has a kernel for anything that a composition is made of, on whatever level."""
+        return any(self.kernels_here(part) or self.has_part_of(UNITS[part]) for part in operator.composed_of)
 
     def kernels(self, name: str) -> list[Values]:
         """The kernels that it has for an operator, whether or not they can run here."""
@@ -202,6 +211,7 @@ def git(folder: Path, *words: str) -> str | None:
 def environment(found: list[Found]) -> Environment:
     """Where the run takes place."""
     modules = {name: text for one in found for name, text in one.description.get("modules", {}).items()}
+    settings = config.effective(config.from_environment())
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
@@ -209,17 +219,8 @@ def environment(found: list[Found]) -> Environment:
         cores=os.cpu_count() or 0,
         torch=str(torch.__version__),
         modules=modules,
-        more={"executable": sys.executable},
+        more={row.variable: str(row.value) for row in settings if row.source != "default"},
     )
-
-
-def processor() -> str:
-    """The processor's name."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def peak_memory() -> int:

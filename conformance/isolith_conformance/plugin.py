@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 
+from isolith import certificates
 from isolith_conformance import plan as plans
 from isolith_conformance import report as reports
 from isolith_conformance.case import MARK, Case, Scope, cases
+from isolith_conformance.certify import certificates_of
 from isolith_conformance.page import page
 from isolith_conformance.plan import Found, Plan, PlanError
 from isolith_conformance.report_text import inert, reproduce_command, summary_text
@@ -46,6 +48,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--timeout", type=float, metavar="SECONDS", help="of one call (120; in an interpreter 600)")
     group.addoption("--waivers", default="", metavar="FILE", help="instead of the waivers that the backend brings")
     group.addoption("--pass-env", action="append", default=[], metavar="PATTERN", help="more variables for the backend")
+    group.addoption("--no-certificates", action="store_true", help="write no certificates of what passed")
     group.addoption("--report", default="", metavar="FILE", help="write the report as JSON")
     group.addoption("--page", default="", metavar="FILE", help="write the report as one HTML page")
 
@@ -96,6 +99,7 @@ class Conductor:
         self.records: list[reports.Case] = []
         self.deselected = False
         self.report: reports.Report | None = None
+        self.certified: list[Path] = []
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:  # Any: xdist's node
@@ -246,6 +250,9 @@ class Conductor:
             self.report.write(Path(session.config.option.report))
         if session.config.option.page:
             Path(session.config.option.page).write_text(page(self.report), encoding="utf-8")
+        plan, left_out = self.plan, self.deselected or self.plan.case or self.plan.dtypes
+        if complete and plan.scope == "full" and not left_out and not session.config.option.no_certificates:
+            self.certified = [certificates.write(one) for one in certificates_of(self.report, self.found)]
 
     def useless_waivers(self) -> list[reports.Case]:
         """A failure for every waiver that has expired, or that no case of a full run needed."""
@@ -290,6 +297,8 @@ class Conductor:
         if self.records and self.report is not None:
             terminalreporter.section("conformance")
             terminalreporter.write_line(summary_text(self.report))
+        if self.certified:
+            terminalreporter.write_line(f"Certificates of {len(self.certified)} kernels: {certificates.folder()}")
 
 
 def case_of(item: pytest.Item) -> Case | None:

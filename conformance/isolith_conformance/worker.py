@@ -16,13 +16,13 @@ from typing import Any, BinaryIO
 
 import torch
 
-from isolith import OPERATORS, plugins
+from isolith import OPERATORS, certificates, plugins, simulated
 from isolith.backend import Backend
 from isolith.config import Settings
 from isolith.dispatch import Dispatcher, Recorder, call, using
 from isolith.errors import IsolithError
 from isolith.operator import AnyOperator
-from isolith.registry import Registry
+from isolith.registry import Registry, load
 from isolith.simulated import is_simulated
 from isolith_conformance import wire
 from isolith_conformance.execute import Declined, Options, Response, Values, run
@@ -38,24 +38,41 @@ class Bench:
     """
 
     def __init__(self, name: str, how: str) -> None:
-        self.plugin = plugins.load(asked_for(name))
-        if how == "interpreter" and self.plugin.backend:
-            self.plugin = replace(self.plugin, backend=on_host(self.plugin.backend))
-        self.backend = self.plugin.backend
+        self.plugin = base = load(asked_for(name), OPERATORS)
+        if self.plugin.pack is not None:  # its kernels, on the backend that it adds to
+            base = load(asked_for(self.plugin.pack.backend), OPERATORS)
+        if how == "interpreter" and base.backend:
+            base = replace(base, backend=on_host(base.backend))
+        self.backend = base.backend
+        self.reason = self.plugin.reason or base.reason
         self.how = how
         if how == "twin" and self.backend and self.backend.twin:
             importlib.import_module(self.backend.twin)
-        self.device = torch.device(self.backend.device_type if self.backend else "cpu")
-        self.registry = Registry(operators=OPERATORS, plugins=(self.plugin,))
+        rows = (base,) if self.plugin.pack is None else (base, replace(self.plugin, named=True))
+        self.registry = Registry(operators=OPERATORS, plugins=rows)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs; torch does not know the name of a device whose extension is not loaded."""
+        return torch.device(self.backend.device_type if self.backend else "cpu")
+
+    @property
+    def in_the_hosts_memory(self) -> bool:
+        """Whether its tensors lie in the host's memory."""
+        return self.backend is None or self.backend.device_type in ("cpu", simulated.State.device_type)
 
     @property
     def why_unavailable(self) -> str | None:
         """None where the backend can run here."""
-        if self.backend is None:
-            return self.plugin.reason
+        if self.backend is None or self.reason:
+            return self.reason
         if self.how == "twin" and not self.backend.twin:
             return f"{self.backend.name} has no twin"
-        return self.registry.why_unavailable(self.backend)
+        needed = (self.plugin.pack, self.backend) if self.plugin.pack else (self.backend,)
+        reason = next((reason for owner in needed if (reason := self.registry.why_unavailable(owner))), None)
+        if reason is None and self.how == "hardware" and is_simulated(self.device):
+            return f"its device {self.backend.device_type!r} is simulated here, which is no hardware: run it --how twin"
+        return reason
 
     def describe(self) -> Values:
         """What the backend is and which kernels it claims, by operator, best first."""
@@ -69,9 +86,10 @@ class Bench:
             "simulated": is_simulated(self.device),
             "arch": self.backend.arch() if self.backend.arch else None,
             "versions": dict(self.backend.versions() if self.backend.versions else {}),
-            "native": self.backend.reference_is_native,
+            "native": self.backend.reference_is_native and self.plugin.pack is None,
             "kernels": {name: self.kernels(self.backend, name) for name in OPERATORS},
             "waivers": waivers_beside(self.plugin.target),
+            "facts": certificates.facts(self.backend),
             "modules": {name: vars(sys.modules[name])["__version__"] for name in versioned()},
         }
 
@@ -79,13 +97,16 @@ class Bench:
         """The kernels of an operator with what they declare."""
         return [
             {
-                "name": f"{backend.name}.{kernel.name}",
+                "name": kernel.full_name,
                 "why_unavailable": kernel.requires.why_not_here(backend),
                 "nondeterministic": kernel.nondeterministic,
                 "batch_invariant": kernel.batch_invariant,
                 "declares": list(kernel.declares),
+                "source": certificates.source_hash(kernel),
+                "contract": certificates.contract_hash(kernel),
             }
             for kernel in self.registry.kernels(backend, operator)
+            if kernel.owner == self.plugin.name
         ]
 
     def run(self, request: Values) -> Response:
@@ -96,9 +117,9 @@ class Bench:
         # A kernel cannot pass by not running. A layer is of what the backend has, and of references for the rest.
         settings = replace(
             Settings(),
-            backend=self.plugin.name,
+            backend=self.backend.name if self.backend else "",
             kernels=pins,
-            fallback="error" if unit.name in OPERATORS else "allow",
+            fallback="error" if unit.name in OPERATORS or not candidate else "allow",
             debug=True,
         )
         recorder = Recorder(self.registry, settings)
@@ -123,8 +144,10 @@ class Bench:
 
     def refusal(self, unit: AnyOperator, dispatcher: Dispatcher, arguments: Values, candidate: str) -> str | None:
         """Why the candidate does not take the call; None where it does, or where the call is illegal."""
-        if unit.name not in OPERATORS or not candidate:
+        if unit.name not in OPERATORS:
             return None
+        if not candidate:  # the backend that a pack adds to may have a kernel, which is not the pack's
+            return f"{self.plugin.name} has no kernel for {unit.name}" if self.plugin.pack else None
         try:
             explanation = dispatcher.explain(unit, unit.arguments(**arguments), self.device.type)
         except IsolithError:
@@ -189,7 +212,7 @@ def main(arguments: Iterable[str]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     bench = Bench(given["backend"], given["how"])
-    if given.get("memory") and (bench.device.type == "cpu" or is_simulated(bench.device)):
+    if given.get("memory") and bench.in_the_hosts_memory:
         resource.setrlimit(resource.RLIMIT_DATA, (given["memory"], given["memory"]))
     while True:
         header, body = wire.lengths(bytes(read_exactly(requests, wire.PREFIX.size)))

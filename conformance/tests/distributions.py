@@ -32,7 +32,7 @@ def rms_norm(x, weight, eps=1e-6, round_before_weight=False):
 
 def build(folder: Path, name: str, source: str, head: str = HEAD, hook: str = HOOK, distribution: str = "") -> Path:
     """Write a plugin `name` with this source; the folder must then be on the path."""
-    module, distribution = f"plugin_{name}", distribution or f"isolith-{name}"
+    module, distribution = f"plugin_{name.replace('.', '_')}", distribution or f"isolith-{name}"
     body = f"NAME = {name!r}\n{head}\n{textwrap.dedent(source)}\n{hook}"
     (folder / f"{module}.py").write_text(body)
     info = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"

@@ -83,8 +83,15 @@ def test_numerics_that_an_operator_allows_are_right_where_they_are_declared(suit
     assert run.returncode == code, run.stdout
 
 
+SWIGLU = """
+@implements(isolith.swiglu)
+def swiglu(x, limit=0.0, row_weight=None):
+    return isolith.swiglu.reference(x, limit, row_weight)
+"""
+
+
 def test_a_composition_of_parts_that_a_backend_lacks_is_not_claimed(suite, plugin, tmp_path):
-    plugin("good", RIGHT_RMS_NORM)
+    plugin("good", SWIGLU)
     run = suite("--quick", "--op", "fused_moe", "-k", "claim", "--backend", "good", "--report", "report.json")
     assert run.returncode == 0, run.stdout
     cases = report.read(tmp_path / "report.json").cases
@@ -92,6 +99,26 @@ def test_a_composition_of_parts_that_a_backend_lacks_is_not_claimed(suite, plugi
         ("claims", "NOT-CLAIMED"),
         ("claims something", "NOT-CLAIMED"),
     }
+
+
+TWIN = (
+    """
+made = backend
+def backend(): return made(device_type="sim", twin="sim_twin")
+"""
+    + SWIGLU
+)
+
+
+@pytest.mark.slow
+def test_a_layer_may_have_references_on_the_host_for_the_rest(suite, plugin, tmp_path):
+    (tmp_path / "sim_twin.py").write_text("from isolith.simulated import simulate\nsimulate('sim', ['aten::sort'])\n")
+    plugin("toy", TWIN)
+    words = ("--op", "decoder_block", "-k", "executed", "--backend", "toy", "--how", "twin", "--report", "report.json")
+    run = suite("--quick", *words)
+    assert run.returncode == 0, run.stdout
+    (case,) = report.read(tmp_path / "report.json").cases
+    assert {"swiglu toy.swiglu", "moe_permute cpu with copies"} <= set(case.executed)
 
 
 def test_a_layer_is_of_what_a_backend_has_and_of_references_for_the_rest(suite, plugin, tmp_path):
@@ -180,3 +207,26 @@ def test_a_waiver_excuses_failures_alone_and_not_for_ever(suite, plugin, tmp_pat
     plugin("bad", source)
     run = suite("--op", "rms_norm", "--seed", "5", "--backend", "bad", "-k", "accuracy and eps_dominates")
     assert run.returncode == code, run.stdout
+
+
+PACK = """
+from isolith import KernelPack
+
+@hookimpl
+def isolith_kernels():
+    return KernelPack(name=NAME, api_version=1, kernels=(__name__,))
+"""
+
+
+@pytest.mark.parametrize(("source", "code"), [(RIGHT_RMS_NORM, 0), (RIGHT_RMS_NORM.replace("+ eps", "- eps"), 1)])
+def test_a_kernel_pack_is_checked_by_its_own_name_on_the_backend_that_it_adds_to(suite, plugin, tmp_path, source, code):
+    plugin("cpu.fast", source, hook=PACK)
+    run = suite(
+        *("--quick", "--op", "rms_norm", "--op", "swiglu", "-k", "accuracy or claim"),
+        *("--backend", "cpu.fast", "--report", "report.json"),
+    )
+    assert run.returncode == code, run.stdout
+    cases = report.read(tmp_path / "report.json").cases
+    assert {case.kernel for case in cases if case.operator == "rms_norm"} == {"cpu.fast.rms_norm"}
+    assert {case.verdict for case in cases if case.operator == "swiglu"} == {"NOT-CLAIMED"}
+    assert {case.executed for case in cases if case.verdict == "PASS"} == {("rms_norm cpu.fast.rms_norm",)}

@@ -46,6 +46,20 @@ def test_a_process_says_that_its_device_is_simulated(twin):
     assert (described["device"], described["simulated"], described["why_unavailable"]) == ("sim", True, None)
 
 
+def test_a_simulated_device_is_no_hardware(plugin, runner):
+    plugin("toy", f"from isolith.simulated import simulate\nsimulate('sim')\n{TWIN}")
+    says = "its device 'sim' is simulated here, which is no hardware: run it --how twin"
+    assert runner("toy").describe()["why_unavailable"] == says
+
+
+def test_a_device_that_torch_does_not_know_is_not_there_for_the_backends_own_reason(plugin, runner):
+    hook = (
+        "@hookimpl\ndef isolith_backend():\n    return backend(device_type='chip', why_unavailable=lambda: 'no chip')"
+    )
+    plugin("absent", "", hook=hook)
+    assert runner("absent").describe()["why_unavailable"] == "no chip"
+
+
 def test_a_kernel_runs_on_the_device_and_its_results_come_back(twin):
     response = twin.run("rms_norm", "toy.rms_norm", CALL, Options(layout="padded"))
     assert torch.equal(response.results[0], isolith.rms_norm.reference(**CALL))

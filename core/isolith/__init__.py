@@ -4,7 +4,8 @@ import torch, isolith
 y = isolith.rms_norm(torch.randn(4, 4096), torch.ones(4096))
 """
 
-from isolith.backend import API_VERSION, Backend
+from isolith.backend import API_VERSION, Backend, KernelPack
+from isolith.bisect import Bisection, Culprit, bisect
 from isolith.dispatch import FallbackRecord, Handle, bind, explain, fallbacks, override, record
 from isolith.errors import (
     ArgumentError,
@@ -14,6 +15,7 @@ from isolith.errors import (
     IsolithError,
     NoKernelError,
     PluginError,
+    ShadowWarning,
     Unsupported,
 )
 from isolith.freeze import Manifest, freeze
@@ -43,6 +45,7 @@ from isolith.ops.residual import hc_head, hc_post, hc_pre, sinkhorn
 from isolith.ops.rotary import hadamard, rope
 from isolith.sample import ErrorSample, Make, Sample
 from isolith.select import Explanation
+from isolith.shadow import ShadowRecord, shadows
 
 __version__ = "0.1.0.dev0"
 
@@ -51,8 +54,10 @@ __all__ = [
     "OPERATORS",
     "ArgumentError",
     "Backend",
+    "Bisection",
     "ConfigError",
     "Cost",
+    "Culprit",
     "ErrorSample",
     "Explanation",
     "FallbackRecord",
@@ -61,6 +66,7 @@ __all__ = [
     "Handle",
     "IsolithError",
     "Kernel",
+    "KernelPack",
     "Make",
     "Manifest",
     "NoKernelError",
@@ -68,12 +74,15 @@ __all__ = [
     "PluginError",
     "Requires",
     "Sample",
+    "ShadowRecord",
+    "ShadowWarning",
     "Unsupported",
     "WhyNot",
     "act_quant_fp4",
     "act_quant_fp8",
     "act_quant_int8",
     "bind",
+    "bisect",
     "block_dequant",
     "compress_indices",
     "explain",
@@ -108,6 +117,7 @@ __all__ = [
     "rope",
     "rope_frequencies",
     "rope_tables",
+    "shadows",
     "sinkhorn",
     "sparse_attn",
     "swiglu",

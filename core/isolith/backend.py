@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from isolith.kernel import WhyNot
 
 API_VERSION = 1
-"""The version of the plugin interface: `Backend`, `Requires`, `implements` and the hook."""
+"""The version of the plugin interface: `Backend`, `KernelPack`, `Requires`, `implements` and the hooks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,3 +35,25 @@ class Backend:
     versions: Callable[[], Mapping[str, str]] | None = None
     reference_is_native: bool = False
     twin: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelPack:
+    """What a plugin's `isolith_kernels` hook returns: kernels for a backend that another plugin brings.
+
+    Args:
+        name: As in the entry point: the backend's name, a dot, its own: "acme.fast".
+        api_version: The plugin interface it was written for, as a literal number.
+        kernels: Modules that hold `implements`-marked functions, imported on first use and only when available.
+        why_unavailable: None where what the kernels need is present, else a sentence.
+    """
+
+    name: str
+    api_version: int
+    kernels: tuple[str, ...]
+    why_unavailable: Callable[[], WhyNot] = lambda: None
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend that it adds to."""
+        return self.name.partition(".")[0]

@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from dataclasses import field as dataclass_field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Literal
 
 from isolith.errors import ConfigError, nearest
 
 Fallback = Literal["warn", "allow", "error"]
+Require = Literal["", "certified"]
 
 
 def parse_name(variable: str, text: str) -> str:
@@ -27,11 +29,30 @@ def parse_fallback(variable: str, text: str) -> str:
     return text
 
 
+def parse_require(variable: str, text: str) -> str:
+    """One word."""
+    if text not in ("", "certified"):
+        raise ConfigError(f"{variable} must be certified, or unset; got {text!r}.")
+    return text
+
+
 def parse_switch(variable: str, text: str) -> bool:
     """0 or 1."""
     if text not in ("0", "1"):
         raise ConfigError(f"{variable} must be 0 or 1; got {text!r}.")
     return text == "1"
+
+
+def parse_share(variable: str, text: str) -> float:
+    """A part of the whole, from 0 to 1."""
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        hint = f" {text} percent is {share / 100:g}." if 1 < share <= 100 else ""
+        raise ConfigError(f"{variable} must be a share from 0 to 1, such as 0.01; got {text!r}.{hint}")
+    return share
 
 
 def parse_names(variable: str, text: str) -> tuple[str, ...]:
@@ -72,10 +93,18 @@ class Settings:
     fallback: Fallback = setting(
         parse_fallback, "warn", "When a backend has no kernel for a call: warn and step down, allow silently, or error."
     )
+    require: Require = setting(
+        parse_require, "", "certified: take only kernels that a conformance run has shown to be right on this machine."
+    )
     plugins: tuple[str, ...] | None = setting(parse_names, None, "Load only the plugins named here. Unset: all.")
     debug: bool = setting(parse_switch, False, "1: check values on every device, and check calls of bound handles.")
     twin: str = setting(
         parse_name, "", "Which chip a backend's twin stands for in conformance runs; the backend's page lists them."
+    )
+    shadow: float = setting(
+        parse_share,
+        0.0,
+        "Compare this share of the kernels' calls, such as 0.01, with the reference: isolith.shadows() tells. 0: none.",
     )
     sources: tuple[tuple[str, str], ...] = dataclass_field(default=(), compare=False, repr=False)
 
@@ -130,6 +159,16 @@ def environment_of_child(patterns: Sequence[str], **more: str) -> dict[str, str]
     return {**allowed, **more}
 
 
+def cache_folder() -> Path:
+    """The folder of this user where what can be found out again is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isolith"
+
+
+def state_folder() -> Path:
+    """The folder of this user where what cannot be found out again is kept."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "isolith"
+
+
 def overridden(settings: Settings, **changes: Any) -> Settings:  # Any: settings are of several types
     """The settings with some changed; ConfigError names the nearest legal one for a typo.
 
@@ -143,7 +182,7 @@ def overridden(settings: Settings, **changes: Any) -> Settings:  # Any: settings
             raise ConfigError(f"{name} is not a setting; {nearest(name, known)}")
         if isinstance(value, Mapping):
             value = ",".join(f"{operator}={kernel}" for operator, kernel in value.items())
-        if isinstance(value, (str, int)):
+        if isinstance(value, (str, int, float)):
             value = known[name].metadata["parse"](name, str(int(value) if isinstance(value, bool) else value))
         values[name] = value
     kept = tuple(row for row in settings.sources if row[0] not in values)

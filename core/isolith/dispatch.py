@@ -9,12 +9,13 @@ import functools
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -23,8 +24,10 @@ from isolith.config import Settings
 from isolith.errors import FallbackWarning, FrozenError, NoKernelError, Unsupported
 from isolith.registry import Registry
 from isolith.select import Candidate, Explanation, select
+from isolith.shadow import shadow_for
 
 if TYPE_CHECKING:
+    from isolith.bisect import Flips
     from isolith.operator import AnyOperator
 
 Function = Callable[..., Any]  # Any: the operator's own signature, checked where it is declared
@@ -44,11 +47,13 @@ class FallbackRecord:
 
 
 class Dispatcher:
-    """A registry under settings, with what has been chosen so far."""
+    """A registry under settings, with what has been chosen so far; a bisection's also with what it flips."""
 
-    def __init__(self, registry: Registry, settings: Settings) -> None:
+    def __init__(self, registry: Registry, settings: Settings, flips: "Flips | None" = None) -> None:
         self.registry = registry
         self.settings = settings
+        self.flips = flips
+        self.shadow = shadow_for(settings.shadow)
         self.memo: dict[Any, Function] = {}  # Any: metadata keys
         self.fallbacks: Counter[tuple[str, str, str, str]] = Counter()
         self.warned: set[tuple[str, str]] = set()
@@ -61,7 +66,8 @@ class Dispatcher:
     ) -> Explanation:
         """Every candidate for a legal call."""
         operator.validate(arguments)
-        return select(self.registry, self.settings, operator, arguments, device_type)
+        explanation = select(self.registry, self.settings, operator, arguments, device_type)
+        return self.flips.applied(explanation) if self.flips else explanation
 
     def resolve(self, operator: "AnyOperator", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function:
         """Check the call, select, and remember the function that runs it."""
@@ -77,17 +83,27 @@ class Dispatcher:
         """The function for the chosen candidate, as bare as the call allows."""
         if explanation.device == "meta":
             return lambda *args, **kwargs: operator.fake(**operator.by_name(*args, **kwargs))
+        function = self.unchecked(operator, explanation)
+        if operator.mutates:
+            function = never_twice(operator, function)
+        if operator.check_values and (explanation.device == "cpu" or self.settings.debug):
+            function = checked(operator, operator.check_values, function)
+        return function
+
+    def unchecked(self, operator: "AnyOperator", explanation: Explanation) -> Function:
+        """The function for the chosen candidate, as a bound handle has it."""
         chosen = explanation.chosen
         assert chosen is not None, "the ladder ends with steps that nothing rules out"
         if explanation.is_fallback:
             function = self.counted(operator, explanation, chosen)
         else:
             function = run_candidate(self, operator, chosen)
-        if operator.mutates:
-            function = never_twice(operator, function)
-        if operator.check_values and (explanation.device == "cpu" or self.settings.debug):
-            function = checked(operator, operator.check_values, function)
-        return function
+        return self.flips.noted(operator, chosen, function) if self.flips else function
+
+    def under(self, settings: Settings, registry: Registry | None = None) -> "Dispatcher":
+        """The dispatcher of other settings, with the same flips."""
+        found = registry or self.registry
+        return Dispatcher(found, settings, self.flips) if self.flips else dispatcher_for(found, settings)
 
     def counted(self, operator: "AnyOperator", explanation: Explanation, candidate: Candidate) -> Function:
         """Run a lower step: refuse, warn or allow as the settings say, and count every call."""
@@ -119,6 +135,7 @@ class Dispatcher:
         reason = str(refusal)
         while (refused := explanation.chosen) is not None:
             explanation = ruled_out(explanation, refused, reason)
+            explanation = self.flips.applied(explanation) if self.flips else explanation
             if explanation.chosen is None:
                 break
             try:
@@ -133,8 +150,8 @@ class Dispatcher:
 class Recorder(Dispatcher):
     """A dispatcher that also counts what ran: `calls[operator, candidate]`."""
 
-    def __init__(self, registry: Registry, settings: Settings) -> None:
-        super().__init__(registry, settings)
+    def __init__(self, registry: Registry, settings: Settings, flips: "Flips | None" = None) -> None:
+        super().__init__(registry, settings, flips)
         self.calls: Counter[tuple[str, str]] = Counter()
 
     def function(self, operator: "AnyOperator", explanation: Explanation) -> Function:
@@ -160,7 +177,8 @@ def ruled_out(explanation: Explanation, refused: Candidate, reason: str) -> Expl
 def run_candidate(dispatcher: Dispatcher, operator: "AnyOperator", candidate: Candidate) -> Function:
     """The function of a candidate."""
     if candidate.kernel is not None:
-        return candidate.kernel.fn
+        shadow = dispatcher.shadow
+        return shadow.beside(operator, candidate.name, candidate.kernel) if shadow else candidate.kernel.fn
     if candidate.step == "host":
         return functools.partial(run_on_host, dispatcher, operator)
     if candidate.step == "composition":
@@ -197,21 +215,30 @@ def on_this_device(reference: Function) -> Function:
 def run_on_host(dispatcher: Dispatcher, operator: "AnyOperator", *args: Any, **kwargs: Any) -> Any:
     """Copy to the host, run there, copy results and mutated arguments back."""
     arguments = operator.arguments(*args, **kwargs)
-    host = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    host = on_host(arguments)
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    settings = config.overridden(dispatcher.settings, backend="")
-    with using(dispatcher_for(dispatcher.registry, settings)):
+    with using(dispatcher.under(config.overridden(dispatcher.settings, backend=""))):
         result = call(operator, (), host)
     for name in operator.mutates:
         arguments[name].copy_(host[name])
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), result)
 
 
+def on_host(arguments: Mapping[str, Any]) -> dict[str, Any]:  # Any: a call's own values
+    """The arguments with copies of the tensors on the host."""
+    return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
 def checked(operator: "AnyOperator", check_values: Function, function: Function) -> Function:
     """Check values, then run."""
 
     def check_and_run(*args: Any, **kwargs: Any) -> Any:
-        check_values(**operator.by_name(*args, **kwargs))
+        arguments = operator.by_name(*args, **kwargs)
+        try:
+            check_values(**arguments)
+        except NotImplementedError:  # the device lacks a torch operator that looking at the values takes
+            with torch._C.DisableTorchFunction():  # unseen by a mode that watches the kernel's own work
+                check_values(**on_host(arguments))
         return function(*args, **kwargs)
 
     return check_and_run
@@ -316,7 +343,7 @@ def override(**settings: Any) -> Iterator[Dispatcher]:  # Any: settings are of s
     changed = config.overridden(active.settings, **settings)
     same = changed.backend == active.settings.backend and changed.plugins == active.settings.plugins
     found = active.registry if same else registry.build(active.registry.operators, changed)
-    with using(dispatcher_for(found, changed)) as inner:
+    with using(active.under(changed, found)) as inner:
         yield inner
 
 
@@ -328,7 +355,7 @@ def record() -> Iterator[Counter[tuple[str, str]]]:
     calls["sparse_attn", "cpu.sparse_attn"]
     """
     active = dispatcher()
-    recorder = Recorder(active.registry, active.settings)
+    recorder = Recorder(active.registry, active.settings, active.flips)
     with using(recorder):
         yield recorder.calls
 
@@ -353,10 +380,8 @@ def bind(operator: "AnyOperator", *args: Any, **kwargs: Any) -> Handle:
     assert chosen is not None, "the ladder ends with steps that nothing rules out"
     if active.settings.debug:
         handle = Handle(operator)
-    elif explanation.is_fallback:
-        handle = Handle(active.counted(operator, explanation, chosen))
     else:
-        handle = Handle(run_candidate(active, operator, chosen))
+        handle = Handle(active.unchecked(operator, explanation))
     handle.kernel = chosen.name
     return handle
 

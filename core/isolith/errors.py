@@ -39,6 +39,10 @@ class FallbackWarning(UserWarning):
     """A call ran on a lower step of the ladder than its backend's own kernel."""
 
 
+class ShadowWarning(UserWarning):
+    """A kernel's results are not what the reference beside it gives, or shadow runs cannot be made."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint naming the known word closest to `name`, or the whole list when none is close."""
     words = sorted(known)

@@ -62,7 +62,7 @@ def describe(active: dispatch.Dispatcher) -> Manifest:
         plugins={plugin.name: plugin.origin for plugin in registry.plugins if plugin.backend in available},
         kernels={
             name: {
-                f"{backend.name}.{kernel.name}": source_hash(kernel)
+                kernel.full_name: source_hash(kernel)
                 for backend in available
                 for kernel in registry.kernels(backend, name)
             }

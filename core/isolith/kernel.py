@@ -86,6 +86,13 @@ class Kernel(Generic[P, R]):
     nondeterministic: bool = False
     batch_invariant: bool = False
     declares: tuple[str, ...] = ()
+    owner: str = ""
+    """The backend or the kernel pack that brings it."""
+
+    @property
+    def full_name(self) -> str:
+        """As settings and reports spell it: "cpu.sparse_attn", "cpu.fast.sparse_attn"."""
+        return f"{self.owner}.{self.name}"
 
 
 def implements(

@@ -5,7 +5,7 @@ the host and back.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -31,6 +31,8 @@ class Candidate:
     name: str
     why_not: WhyNot
     kernel: AnyKernel | None = None
+    note: str = ""
+    """What is known of it that does not rule it out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +81,14 @@ class Explanation:
     @property
     def shown(self) -> tuple[Candidate, ...]:
         """The candidates without their functions."""
-        return tuple(Candidate(step=c.step, name=c.name, why_not=c.why_not) for c in self.candidates)
+        return tuple(replace(candidate, kernel=None) for candidate in self.candidates)
 
     def __str__(self) -> str:
         lines = [f"{self.operator} on {self.device}"]
         for candidate in self.candidates:
             mark = "->" if candidate is self.chosen else "  "
             verdict = candidate.why_not or ("chosen" if candidate is self.chosen else "would do")
-            lines.append(f"{mark} {candidate.name}: {verdict}")
+            lines.append(f"{mark} {candidate.name}: {verdict}{candidate.note and f'; {candidate.note}'}")
         return "\n".join(lines)
 
 
@@ -114,12 +116,7 @@ def select(
     device = device_type or device_of(arguments)
     backends = serving(registry, settings, operator, device)
     rows = [
-        Candidate(
-            step="kernel",
-            name=f"{backend.name}.{kernel.name}",
-            why_not=kernel.requires.why_not_here(backend) or refusal(kernel, arguments),
-            kernel=kernel,
-        )
+        candidate(registry, settings, backend, kernel, arguments)
         for backend in backends
         for kernel in registry.kernels(backend, operator.name)
     ]
@@ -134,6 +131,30 @@ def select(
         # A pin comes first; what it would have overtaken stands behind it, for the case that it refuses.
         rows.sort(key=lambda row: row.name != pin)
     return Explanation(operator=operator.name, device=device, candidates=tuple(rows), native=native, pin=pin)
+
+
+def candidate(
+    registry: Registry,
+    settings: Settings,
+    backend: Backend,
+    kernel: AnyKernel,
+    arguments: Mapping[str, Any],  # Any: a call's own values
+) -> Candidate:
+    """A kernel as a candidate for a call: what it requires and refuses, what is known of it, what has shown it."""
+    why_not = kernel.requires.why_not_here(backend) or refusal(kernel, arguments)
+    known = () if why_not else registry.quirks(kernel, backend, arguments)
+    refused = next((quirk.sentence for quirk in known if quirk.effect == "refuse"), None)
+    if settings.require and not why_not and not refused:
+        from isolith.certificates import why_uncertified  # few ask for them: importing isolith stays cheap
+
+        refused = why_uncertified(kernel, backend, arguments)
+    return Candidate(
+        step="kernel",
+        name=kernel.full_name,
+        why_not=why_not or refused,
+        kernel=kernel,
+        note="; ".join(quirk.sentence for quirk in known if quirk.effect == "tell"),
+    )
 
 
 def serving(registry: Registry, settings: Settings, operator: "AnyOperator", device: str) -> tuple[Backend, ...]:

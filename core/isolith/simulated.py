@@ -9,7 +9,7 @@ Source: PyTorch's backend written in Python (torch.utils.backend_registration, t
 
 import functools
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -28,6 +28,7 @@ class State:
     """What this process has set up once: torch has room for one such device."""
 
     device_type = ""
+    lacks: frozenset[str] = frozenset()
     libraries: dict[tuple[str, str], torch.library.Library] = {}  # noqa: RUF012  # one per process is the meaning
     offered: dict[str, Function] = {}  # noqa: RUF012
 
@@ -73,6 +74,8 @@ class SimulatedTensor(Tensor):
 def run_operator(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:  # Any: every operator of torch
     """Run an operator of torch or an offered one, or copy between the host and the device."""
     name = function.name()
+    if name.partition(".")[0] in State.lacks:
+        raise NotImplementedError(f"Could not run {name!r} with arguments from the {State.device_type!r} backend.")
     if name in ("aten::copy_", "aten::_copy_from"):
         source, target = (args[1], args[0]) if name == "aten::copy_" else (args[0], args[1])
         memory_of(target).copy_(memory_of(source))
@@ -159,8 +162,12 @@ def refuse_unless_scalar(name: str, tensor: Tensor) -> None:
         refuse(name, tensor)
 
 
-def simulate(device_type: str) -> None:
+def simulate(device_type: str, lacks: Collection[str] = ()) -> None:
     """Set the simulated device up in this process; a second call with the same name changes nothing.
+
+    Args:
+        device_type: What its tensors say that they are on.
+        lacks: Operators of torch that it has no kernel for: "aten::sort".
 
     Raises:
         PluginError: where another device has the name or torch's one place for such a device.
@@ -172,7 +179,7 @@ def simulate(device_type: str) -> None:
     if torch._C._get_privateuse1_backend_name() != "privateuseone" or hasattr(torch, device_type):
         raise PluginError(f"torch has a device {device_type!r} or another beside its own ones; it has room for one.")
     backend_registration._setup_privateuseone_for_python_backend(device_type, backend_module=Runtime(device_type))
-    State.device_type = device_type
+    State.device_type, State.lacks = device_type, frozenset(lacks)
     library = torch.library.Library("aten", "IMPL")
     State.libraries["aten", "IMPL"] = library
     library.impl("empty.memory_format", empty, "PrivateUse1")

@@ -18,6 +18,7 @@ from isolith.errors import ConfigError
         ({"ISOLITH_DEBUG": "1"}, "debug", True),
         ({"ISOLITH_DEBUG": ""}, "debug", False),
         ({"ISOLITH_TWIN": "a2"}, "twin", "a2"),
+        ({"ISOLITH_SHADOW": "0.01"}, "shadow", 0.01),
         ({"OTHER": "1"}, "backend", ""),
     ],
 )
@@ -31,6 +32,12 @@ def test_environment_is_typed(environment, field, value):
         ({"ISOLITH_BACKENDS": "cpu"}, "ISOLITH_BACKENDS is not a setting; did you mean ISOLITH_BACKEND?"),
         ({"ISOLITH_FALLBACK": "no"}, "ISOLITH_FALLBACK must be warn, allow or error; got 'no'."),
         ({"ISOLITH_DEBUG": "yes"}, "ISOLITH_DEBUG must be 0 or 1; got 'yes'."),
+        (
+            {"ISOLITH_SHADOW": "5"},
+            "ISOLITH_SHADOW must be a share from 0 to 1, such as 0.01; got '5'. 5 percent is 0.05.",
+        ),
+        ({"ISOLITH_SHADOW": "1%"}, "ISOLITH_SHADOW must be a share from 0 to 1, such as 0.01; got '1%'."),
+        ({"ISOLITH_SHADOW": "nan"}, "ISOLITH_SHADOW must be a share from 0 to 1, such as 0.01; got 'nan'."),
         ({"ISOLITH_KERNELS": "rms_norm"}, "ISOLITH_KERNELS is a list of operator=kernel; got 'rms_norm'."),
         ({"ISOLITH_KERNELS": "a=b,a=c"}, "ISOLITH_KERNELS names a twice: b and c."),
     ],
@@ -51,6 +58,11 @@ def test_override_is_as_strict_as_the_environment():
     with pytest.raises(ConfigError) as caught:
         overridden(Settings(), fallback="never")
     assert str(caught.value) == "fallback must be warn, allow or error; got 'never'."
+
+
+def test_override_of_a_number_is_as_strict_as_the_environment():
+    with pytest.raises(ConfigError):
+        overridden(Settings(), shadow=1.5)
 
 
 def test_override_takes_pins_as_a_mapping():

@@ -99,3 +99,15 @@ except Exception: print("not checked")
 """
     assert "positions" in run(code, ISOLITH_FALLBACK="allow", ISOLITH_DEBUG="1")
     assert "positions" not in run(code, ISOLITH_FALLBACK="allow")
+
+
+def test_values_are_checked_on_the_host_where_the_device_lacks_what_that_takes():
+    code = """
+simulated_device.LACKS = "aten::_unique2"
+call = on_sim(torch.zeros(2, 4, 8), torch.randn(3, 8), torch.tensor([1, 1, -1]))
+try: isolith.kv_cache_write(*call)
+except isolith.ArgumentError as error: print(error, call[0].cpu().abs().sum().item())
+"""
+    said = run(code, ISOLITH_FALLBACK="allow", ISOLITH_DEBUG="1")
+    assert said.startswith("kv_cache_write: slot_mapping")
+    assert said.endswith(" 0.0")

@@ -43,7 +43,7 @@ def test_example_of_the_readme_runs():
 
 
 def test_commands_of_the_readme_are_those_of_the_program():
-    named = set(re.findall(r"^\| `isolith (\w+)", README.read_text(), re.MULTILINE))
+    named = set(re.findall(r"^\| `isolith ([\w-]+)", README.read_text(), re.MULTILINE))
     assert named == set(COMMANDS)
 
 

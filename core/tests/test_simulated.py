@@ -10,7 +10,7 @@ START = """
 import json, sys, torch
 from torch.nn import functional as F
 from isolith import PluginError, simulated
-simulated.simulate("sim")
+simulated.simulate("sim", lacks=["aten::logcumsumexp"])
 simulated.simulate("sim")
 library = torch.library.Library("sim_vendor", "DEF")
 library.define("twice(Tensor x) -> Tensor")

@@ -40,7 +40,7 @@ def versions() -> Mapping[str, str]:
 def isolith_backend() -> Backend:
     """Describe the backend."""
     # Libraries come before the kernels that they are faster than, and behind them where nothing says that they are.
-    faster = ("libraries.flash_mla", "libraries.deep_gemm", "libraries.grouped_mm")
+    faster = ("libraries.flash_mla", "libraries.deep_gemm", "libraries.deep_gemm_sm100", "libraries.grouped_mm")
     families = ("norm", "moe", "quant", "rotary", "residual", "attention")
     pinned = ("libraries.flashinfer", "libraries.tile_kernels")
     return Backend(

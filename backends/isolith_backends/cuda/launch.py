@@ -6,7 +6,7 @@ GPU; and what runs there can be captured in a CUDA graph, since it neither waits
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -39,6 +39,8 @@ class Notes:
 interpreting = threading.Lock()
 """Triton's interpreter keeps the number of the program that runs in a global."""
 notes: ContextVar[Notes | None] = ContextVar("isolith_cuda_notes", default=None)
+elsewhere: ContextVar[Mapping[str, Any] | None] = ContextVar("isolith_launch_options", default=None)
+"""Options of a launch on a device that is no GPU, where another backend calls a kernel of this one."""
 
 
 @contextmanager
@@ -91,7 +93,7 @@ def launch(
             noted.launches.append(made)
         return
     # Contraction to fused multiply-adds is asked for, so that it does not depend on Triton's version.
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    options = elsewhere.get() or {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     run: Callable[..., Any] = kernel[tuple(grid)]
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):

@@ -19,6 +19,7 @@ import torch
 import isolith
 from isolith.dispatch import Dispatcher
 from isolith.errors import IsolithError
+from isolith.machine import device_name, processor
 from isolith.models import MODELS, V4
 from isolith.ops import OPERATORS
 from isolith_conformance import plan
@@ -205,14 +206,6 @@ def own_device(dispatcher: Dispatcher) -> str:
     return present.type if present is not None and dispatcher.registry.serving(present.type) else "cpu"
 
 
-def device_name(device: str) -> str:
-    """What the device calls itself."""
-    if device == "cpu":
-        return plan.processor()
-    module = torch.get_device_module(device)
-    return str(module.get_device_name()) if hasattr(module, "get_device_name") else device
-
-
 def listing(chosen: list[tuple[Setting, list[Workload]]]) -> str:
     """What would be timed."""
     from isolith.commands.command import columns
@@ -283,7 +276,7 @@ def environment() -> Environment:
     return Environment(
         python=platform.python_version(),
         platform=platform.platform(),
-        processor=plan.processor(),
+        processor=processor(),
         cores=os.cpu_count() or 0,
         torch=str(torch.__version__),
         more={"load of the last minute, at the end": f"{load[0]:.1f}"},

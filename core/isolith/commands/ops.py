@@ -21,7 +21,7 @@ def find(name: str) -> AnyOperator:
 def implementers(name: str) -> list[str]:
     """Kernels of an operator, by backend, whether or not they can run here."""
     registry = dispatch.dispatcher().registry
-    return [f"{b.name}.{kernel.name}" for b in registry.backends for kernel in registry.kernels(b, name)]
+    return [kernel.full_name for backend in registry.backends for kernel in registry.kernels(backend, name)]
 
 
 def row(operator: AnyOperator) -> dict[str, Any]:  # Any: JSON

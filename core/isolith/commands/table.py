@@ -59,7 +59,7 @@ def proof(verdicts: Verdicts) -> str:
 
 def cell(registry: Registry, backend: Backend, operator: AnyOperator, found: Proofs) -> str:
     """What a backend offers for an operator, and how that was shown to be right."""
-    kernels = [f"{backend.name}.{kernel.name}" for kernel in registry.kernels(backend, operator.name)]
+    kernels = [kernel.full_name for kernel in registry.kernels(backend, operator.name)]
     verdicts = found.get((backend.name, operator.name), {})
     shown = proof(verdicts)
     if not kernels:

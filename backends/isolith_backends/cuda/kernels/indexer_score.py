@@ -215,7 +215,8 @@ def tile_of(heads: int, dim: int, together: int, math: torch.dtype, kind: str, n
     held = tokens * wide
     room = 16384 if exact or kind == "e2m1" or not native else 32768
     entries = max(16, min(below(room // (columns + held)), 512))
-    part = 16 if exact else columns
+    # A product is at least 16 deep (Triton 3.6), and packed keys come in pairs.
+    part = columns if not exact else 32 if kind == "e2m1" else 16
     return Tile(tokens=tokens, heads=wide, columns=columns, part=part, entries=entries, warps=8 if held > 64 else 4)
 
 

@@ -29,7 +29,7 @@ LOWEST = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
 def keys_of(scores):
     """float32 -> uint32 of the same order; zeros of both signs are one, NaN is above all."""
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.uint32, bitcast=True)
-    keys = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+    keys = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(scores == scores, keys, 0xFFFFFFFF)
 
 
