@@ -2,9 +2,9 @@
 
 ISOLITH_SHADOW=0.01 samples one call in a hundred of every kernel. Of such a call the tensors are copied to the host
 before the kernel runs, and its results after it; the reference runs on those copies, on a thread of its own, where none
-of the caller's modes and settings are in force, and the judge of `isolith_conformance` compares. The caller waits, for a
-while, and gets what the kernel gave. Nothing here draws from a random generator that is not its own, and nothing raises; only a
-filter that makes errors of warnings makes one of a ShadowWarning too.
+of the caller's modes and settings are in force, and the judge of `isolith_conformance` compares. The caller waits for
+a while at most, and gets what the kernel gave. Nothing here draws from a random generator that is not its own, and
+nothing raises; only a filter that makes errors of warnings makes one of a ShadowWarning too.
 
 References and compositions are not compared: the one is what the judge measures by, of the other each part is a call.
 """
@@ -47,8 +47,8 @@ TIME = 2.0
 MOST_CREDIT_S = 1.0
 """Time that was not used is saved up to here, so that no rush of comparisons follows a pause."""
 PATIENCE_S = 1.0
-"""How long a call waits for the judge; it goes on in the background. To find a call wrong takes much longer than to find
-it right, since every legal rounding is tried. At a share of 1 the call waits."""
+"""How long a call waits for the judge, who then goes on in the background: to find it wrong takes far longer than to
+find it right, since every legal rounding is tried. At a share of 1 the call waits to the end."""
 MOST_WRONG = 3
 """A kernel that was found wrong so often is not compared again."""
 SEED = 0
