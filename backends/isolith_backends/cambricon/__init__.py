@@ -3,6 +3,7 @@
 Nothing here has run on an MLU; `isolith_backends.cambricon.twin` stands for one. BRINGUP.md says what to try first.
 """
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -65,8 +66,24 @@ def arch() -> str:
     return f"{major}.{minor}"
 
 
+@functools.cache
+def library_versions(library: ModuleType) -> Mapping[str, str]:
+    """What torch_mlu_ops says of the libraries below it; asked once, since it asks the device."""
+    found = {}
+    for name in ("cnnl", "cnnl_extra"):
+        ask = getattr(library, f"get_{name}_version", None)
+        if ask is not None:
+            try:
+                found[name] = str(ask())
+            except Exception as error:  # without a device the vendor's call may raise anything
+                found[name] = f"unknown: {error}"
+    return found
+
+
 def versions() -> Mapping[str, str]:
-    """Versions of torch_mlu and torch_mlu_ops, as far as they are known, and the card; nothing is imported for it."""
+    """Versions of torch_mlu, torch_mlu_ops and their libraries, as far as they are known, and the card; nothing is
+    imported for it.
+    """
     found = {}
     for name in ("torch_mlu", "torch_mlu_ops"):
         module = sys.modules.get(name)
@@ -75,6 +92,8 @@ def versions() -> Mapping[str, str]:
             continue
         with suppress(PackageNotFoundError):
             found[name] = version(name)
+    if "torch_mlu_ops" in sys.modules and sys.modules["torch_mlu_ops"] is not None:
+        found.update(library_versions(sys.modules["torch_mlu_ops"]))
     if "torch_mlu" in sys.modules and "mlu" in vars(torch):
         found["card"] = str(runtime_of_the_device().get_device_name())
     return found
@@ -92,9 +111,11 @@ def isolith_backend() -> Backend:
         "quant",
         "experts",
         "cache",
+        "compressor",
         "attention",
         "indexer",
         "projection",
+        "portable",
     )
     return Backend(
         name="cambricon",

@@ -1,8 +1,8 @@
 """Attention over listed entries: paged decoding with a row for each token, over pages of one entry.
 
-A call has one pool and one softmax. Whether the logarithm that it returns counts a sink is documented nowhere, so it is
-taken from a call without one. Over one pool a second call has the sink in its softmax; two pools join by their
-logarithms, and the sink joins the denominator then.
+A call has one pool and one softmax, and rounds what it gives: two pools are one buffer, of which both are slices, or
+their listed rows are gathered into one, some tokens at a time. Whether the logarithm that a call returns counts a sink
+is documented nowhere, so it is taken from a call without one, and a second call has the sink in its softmax.
 
 Source: domesticated_torch_mlu_ops 9fbf7df6 _ops.py (single_query_cached_kv_attn: values are the keys' first columns, at
 most 256 heads of bfloat16 and 128 of others); vllm-mlu b9925203 (a row for each token, pages of one entry; the sink by
@@ -27,6 +27,8 @@ MORE = ("q_quant_scale", "head_size_v", "compute_dtype", "mask")
 SINGLE_QUERY = {sink: tmo("single_query_cached_kv_attn", CALL, (*MORE, sink)) for sink in ("sink", "learnable_sink")}
 MOST_HEADS = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 128}
 NO_WINDOW = -1
+MOST_GATHERED = 2**28
+"""Elements of rows that are gathered at once."""
 
 
 def missing_attention() -> WhyNot:
@@ -77,8 +79,27 @@ def attended(
         **{name: None if sink is None else sink.float().contiguous()},
     )
     some = valid.any(-1)
-    out = torch.where(some[:, None, None], out[:, 0].float(), 0.0)
+    out = torch.where(some[:, None, None], out[:, 0], 0.0)
     return out, torch.where(some[:, None], lse[:, :, 0], -torch.inf)
+
+
+def one_pool(q: Tensor, pools: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(pool, slots) with the columns of both pools side by side: of the buffer that both are slices of, or of rows
+    that are gathered.
+    """
+    (near, ids), (far, more) = pools
+    dim, start = q.shape[2], min(near.storage_offset(), far.storage_offset())
+    rows = [(pool.storage_offset() - start) / dim for pool in (near, far)]
+    shared = torch._C._is_alias_of(near, far)  # type: ignore[attr-defined]  # torch declares it nowhere
+    if shared and all(row.is_integer() for row in rows):
+        length = max(pool.storage_offset() + pool.numel() for pool in (near, far)) - start
+        based = [torch.where(at >= 0, at + int(row), -1) for at, row in zip((ids, more), rows, strict=True)]
+        return near.as_strided((length // dim, dim), (dim, 1), start), torch.cat(based, dim=1)
+    gathered = [pool.view(-1, dim)[at.clamp(min=0)] for pool, at in pools]
+    valid = torch.cat((ids, more), dim=1) >= 0
+    return torch.cat(gathered, dim=1), torch.where(
+        valid, torch.arange(valid.numel(), device=q.device).view_as(valid), -1
+    )
 
 
 def joined(
@@ -88,22 +109,23 @@ def joined(
     sink: Tensor | None,
     value_dim: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of one softmax over pools with the slots listed of each, as the operators define them."""
-    nonempty = [(pool, slots) for pool, slots in pools if slots.shape[1] and pool.numel()]
-    parts = [attended(q, pool, slots, softmax_scale, value_dim, None) for pool, slots in nonempty]
-    lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
-    for _, part in parts:
-        lse = torch.logaddexp(lse, part)
-    nothing = lse.isneginf()
-    if len(nonempty) == 1 and sink is not None:  # one rounding, where a factor would make two
-        out, _ = attended(q, *nonempty[0], softmax_scale, value_dim, sink)
-        return out.to(q.dtype), torch.where(nothing, torch.inf, lse)
-    base = lse.masked_fill(nothing, 0.0)
-    denominator = base if sink is None else torch.logaddexp(base, sink.float())
-    out = torch.zeros((*q.shape[:2], value_dim or q.shape[2]), dtype=torch.float32, device=q.device)
-    for value, part in parts:
-        out = out + value * (part - denominator).exp()[..., None]
-    return out.to(q.dtype), torch.where(nothing, torch.inf, lse)
+    """(out, lse) of one softmax over one pool or two with the slots listed of each, as the operators define them."""
+    pools = [(pool, slots) for pool, slots in pools if slots.shape[1] and pool.numel()]
+    if not pools:
+        shape = (*q.shape[:2], value_dim or q.shape[2])
+        return q.new_zeros(shape), q.new_full(q.shape[:2], torch.inf, dtype=torch.float32)
+    most = max(1, MOST_GATHERED // sum(slots.shape[1] for _, slots in pools) // q.shape[2])
+    if len(pools) > 1 and q.shape[0] > most:
+        parts = [
+            joined(q[at : at + most], [(p, s[at : at + most]) for p, s in pools], softmax_scale, sink, value_dim)
+            for at in range(0, q.shape[0], most)
+        ]
+        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+    pool, slots = pools[0] if len(pools) == 1 else one_pool(q, pools)
+    out, lse = attended(q, pool, slots, softmax_scale, value_dim, None)
+    if sink is not None:
+        out, _ = attended(q, pool, slots, softmax_scale, value_dim, sink)
+    return out, torch.where(lse.isneginf(), torch.inf, lse)
 
 
 def why_not_pool(name: str, cache: Tensor, q: Tensor) -> WhyNot:

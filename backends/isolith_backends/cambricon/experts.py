@@ -53,10 +53,6 @@ def why_not_layer(
     **_: object,
 ) -> WhyNot:
     weights = {"w13": w13, "w2": w2, "shared_w13": shared_w13, "shared_w2": shared_w2}
-    for name in ("w2", "shared_w2"):
-        weight = weights[name]
-        if weight is not None and weight.dtype == torch.int8 and x.dtype == torch.float16:
-            return f"{name} is int8 and x float16, to which what is quantised for it is rounded: codes move too far"
     reasons = (why_not_kind(name, x, each, act_quant) for name, each in weights.items() if each is not None)
     return next((reason for reason in reasons if reason), None)
 
@@ -153,8 +149,8 @@ def fused_moe(
     if weight_before_down:
         # In float32: rows of one token that differ by their weight alone must not all err the same way.
         of_rows = torch.zeros_like(weights).flatten().scatter(0, place.long(), weights.flatten())
-        hidden = activated(hidden.float(), swiglu_limit) * of_rows[:, None]
-        hidden, weights = hidden if w2_scale is not None else hidden.to(x.dtype), torch.ones_like(weights)
+        hidden = (activated(hidden.float(), swiglu_limit) * of_rows[:, None]).to(x.dtype)
+        weights = torch.ones_like(weights)
     else:
         hidden = activated(hidden, swiglu_limit)
     down = grouped(hidden, None, w2, w2_scale, counts, pairs, x.dtype)

@@ -1,7 +1,8 @@
 """The lightning indexer, by the decode form of tmo's selection with a row for each token.
 
 The call gives slots of the cache to attend to. With blocks of one entry and a table in which entry i is block i, slots
-are the entries of the token's own sequence, as the operator's. Columns behind a row's count are undefined.
+are the entries of the token's own sequence, as the operator's. Columns behind a row's count are undefined. A visible
+entry without a block is a key of zeros, for which the call has no form: every sequence's keys are gathered first.
 
 Source: domesticated_torch_mlu_ops 9fbf7df6 _ops.py (32 or 64 heads of 128; lengths before compression); vllm-mlu
 b9925203 (lengths after compression).
@@ -13,6 +14,7 @@ from torch import Tensor
 from isolith import Requires, WhyNot, implements, ops
 from isolith.dtypes import dtype_name
 from isolith.kernel import in_range
+from isolith.numerics.pages import read_entries, slots_of_items
 from isolith.numerics.ragged import positions_of_tokens
 from isolith_backends import cambricon
 from isolith_backends.cambricon.calls import BY_KEYWORD, DAY0, HALF, PACKAGE, int32, is_day0, tmo, why_not
@@ -26,7 +28,7 @@ SELECT = tmo(
         "kv_cache_block_table_offset",
     ),
 )
-HEADS, DIM = (32, 64), 128
+HEADS, DIM, PAGE = (32, 64), 128, 16
 SCORES = {"float32": True, "bfloat16": False}
 """out_dtype -> is_score_float."""
 
@@ -54,11 +56,19 @@ def why_not_indexer(
     if k_cache.dtype != q.dtype or q_scale is not None:
         kinds = f"k_cache is {dtype_name(k_cache.dtype)} and q {dtype_name(q.dtype)}"
         return f"{kinds}; bfloat16 and float16 are adapted, both alike and without scales"
-    if not k_cache.is_contiguous():
-        return f"k_cache has strides {tuple(k_cache.stride())}; the call takes pools without gaps"
     if candidates is not None:
         return "candidates are given; masked_indexer_select_paged_kv ranks every key"
     return None if out_dtype in SCORES else f"out_dtype is {out_dtype}; the call ranks float32 or bfloat16 scores"
+
+
+def keys_of_sequences(k_cache: Tensor, block_table: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+    """(pool, table): the keys of so many entries of each sequence, in pages of their own; zeros where there is none."""
+    sequences, columns = block_table.shape[0], -(-entries // PAGE)
+    item = torch.arange(columns * PAGE, device=block_table.device)
+    sequence = torch.arange(sequences, device=block_table.device)[:, None]
+    keys = read_entries(k_cache, slots_of_items(block_table, sequence, item, k_cache.shape[1]), k_cache.dtype)
+    table = torch.arange(sequences * columns, device=block_table.device).view(sequences, columns)
+    return keys.view(-1, 1, PAGE, k_cache.shape[2]), table
 
 
 @implements(
@@ -88,20 +98,21 @@ def lightning_indexer(
     tokens = q.shape[0]
     if tokens == 0:
         return q.new_empty((0, k), dtype=torch.int32), q.new_empty(0, dtype=torch.int32)
-    if max_entries == 0 or k_cache.numel() == 0 or block_table.shape[1] == 0:
+    if max_entries == 0:
         nothing = torch.full((tokens, k), -1, dtype=torch.int32, device=q.device)
         return nothing, torch.zeros(tokens, dtype=torch.int32, device=q.device)
     sequence, position = positions_of_tokens(cu_seqlens, start_pos, tokens)
     entries = torch.arange(max_entries, dtype=torch.int32, device=q.device)
+    keys, table = keys_of_sequences(k_cache, block_table, max_entries)
     slots, lengths = SELECT(
         query=q.contiguous()[:, None],
-        k_cache=k_cache[:, None],
+        k_cache=keys,
         weights=(weights.float() if weights.dtype == torch.float16 else weights).contiguous()[:, None, :, None],
         kv_cache_block_table=entries.expand(tokens, max_entries).contiguous(),
         cu_seq_q_lens=None,
         cu_seq_k_lens=None,
         k_context_lens=int32((position + 1) // ratio if is_day0() else position + 1),
-        k_cache_block_table=int32(block_table.clamp(min=0)[sequence]),
+        k_cache_block_table=int32(table[sequence]),
         is_prefill=False,
         index_topk=k,
         kv_cache_block_size=1,

@@ -6,6 +6,7 @@ Which card and which release they stand for says the setting `twin`: mlu590 (the
 
 import sys
 import types
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ def set_up(profile: Profile) -> None:
     library = types.ModuleType("torch_mlu_ops", "A stand-in for Cambricon's torch_mlu_ops.")
     library.__dict__["__version__"] = profile.tmo_version
     library.__dict__.update({name: on_device(function) for name, function in functions(profile).items()})
-    sys.modules["torch_mlu"], sys.modules["torch_mlu_ops"] = runtime, library
+    for module in (runtime, library):
+        module.__spec__ = ModuleSpec(module.__name__, None)  # others look for it
+        sys.modules[module.__name__] = module
 
 
 def describe_device(runtime: Any, profile: Profile) -> None:  # Any: torch.mlu is a module that torch does not know

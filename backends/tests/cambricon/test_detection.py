@@ -2,6 +2,7 @@
 
 import sys
 import types
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -9,30 +10,20 @@ import torch
 from isolith import OPERATORS
 from isolith.plugins import kernels_of
 from isolith_backends import cambricon
-from isolith_backends.cambricon import attention, cache, calls, experts, indexer, moe, quant, residual, rotary, routing
-from isolith_backends.cambricon.vendor import library
-from isolith_backends.cambricon.vendor.profile import named
-
-
-@pytest.fixture
-def card(monkeypatch):
-    """A torch_mlu that says which card it is on, and a torch_mlu_ops of a release."""
-
-    def install(profile="mlu590-1.12.1", available=True, tmo=None):
-        found = named(profile)
-        runtime = types.SimpleNamespace(
-            is_available=lambda: available,
-            get_device_capability=lambda: found.capability,
-            get_device_name=lambda: found.device_name,
-        )
-        monkeypatch.setattr(torch, "mlu", runtime, raising=False)
-        made, ops = types.ModuleType("torch_mlu"), types.ModuleType("torch_mlu_ops")
-        vars(made)["__version__"] = found.torch_mlu_version
-        vars(ops).update(library.functions(found), __version__=tmo or found.tmo_version)
-        monkeypatch.setitem(sys.modules, "torch_mlu", made)
-        monkeypatch.setitem(sys.modules, "torch_mlu_ops", ops)
-
-    return install
+from isolith_backends.cambricon import (
+    attention,
+    cache,
+    calls,
+    compressor,
+    experts,
+    indexer,
+    moe,
+    portable,
+    quant,
+    residual,
+    rotary,
+    routing,
+)
 
 
 @pytest.fixture
@@ -91,8 +82,16 @@ def test_versions_name_both_packages_and_the_card(card):
     assert cambricon.versions() == {
         "torch_mlu": "1.33.1+torch2.11.0",
         "torch_mlu_ops": "1.12.1+torch2.11.0",
+        "cnnl": "unknown",
+        "cnnl_extra": "unknown",
         "card": "MLU590-M9DE",
     }
+
+
+def test_library_that_asks_for_a_device_is_a_sentence(card):
+    card()
+    sys.modules["torch_mlu_ops"].get_cnnl_version = lambda: 1 / 0
+    assert cambricon.versions()["cnnl"] == "unknown: division by zero"
 
 
 def here(backend):
@@ -106,12 +105,34 @@ def here(backend):
     }
 
 
+@pytest.fixture
+def triton_of_mlus(monkeypatch):
+    """Cambricon's build of Triton, as far as its version says."""
+    monkeypatch.setattr(portable, "version", lambda _: "3.4.0+mlu2.1.1")
+
+
+@pytest.mark.usefixtures("triton_of_mlus")
 @pytest.mark.parametrize("profile", ["mlu590-1.12.1", "mlu370-1.12.1", "mtp613-1.12.1"])
 def test_release_by_keyword_has_every_call(card, profile):
     card(profile)
     assert {name: reason for name, reason in here(cambricon.isolith_backend()).items() if reason} == {}
 
 
+def test_another_triton_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(portable, "version", lambda _: "3.6.0")
+    assert portable.missing_triton() == "triton=3.6.0 is no build for MLUs; the version of one has +mlu"
+
+
+def test_absent_triton_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(portable, "version", absent)
+    assert portable.missing_triton() == "triton is not installed; its build for MLUs comes with Cambricon's SDK"
+
+
+def absent(name):
+    raise PackageNotFoundError(name)
+
+
+@pytest.mark.usefixtures("triton_of_mlus")
 def test_day0_release_lacks_one_call(card):
     card("mlu590-day0")
     assert {name: reason for name, reason in here(cambricon.isolith_backend()).items() if reason} == {
@@ -137,7 +158,10 @@ def test_release_between_the_two_has_no_indexer(card):
 def test_absent_library_is_a_sentence_of_every_kernel(card, monkeypatch):
     card()
     monkeypatch.setitem(sys.modules, "torch_mlu_ops", None)
-    assert all("torch_mlu_ops" in str(reason) for reason in here(cambricon.isolith_backend()).values())
+    missing = {
+        name: reason for name, reason in here(cambricon.isolith_backend()).items() if "triton" not in str(reason)
+    }
+    assert all("torch_mlu_ops" in str(reason) for reason in missing.values())
 
 
 @pytest.mark.parametrize(
@@ -227,6 +251,38 @@ REFUSED = {
         indexer.lightning_indexer,
         indexer_call(candidates=torch.empty(2, 4)),
         "candidates are given; masked_indexer_select_paged_kv ranks every key",
+    ),
+    "another_compressor": (
+        compressor.kv_compress,
+        {
+            "norm_weight": torch.empty(512),
+            "state_cache": torch.empty(1, 4, 2048),
+            "ratio": 2,
+            "overlap": False,
+            "cos_table": torch.empty(4, 32),
+        },
+        "overlap=False, ratio=2, dim=512; fused_compress_single_kv takes (True, 4, 128) or (True, 4, 512)"
+        " or (False, 128, 512)",
+    ),
+    "streams_of_triton": (
+        portable.hc_head,
+        {"streams": torch.empty(1, 9, 512)},
+        "n=9; a program holds the projection of at most 8 streams",
+    ),
+    "narrow_streams_of_triton": (
+        portable.hc_head,
+        {"streams": torch.empty(1, 4, 255)},
+        "hidden=255; a tile is within 512 KiB from 256 on",
+    ),
+    "lists_of_triton": (
+        portable.window_indices,
+        {"positions": torch.empty(65536), "window": 1},
+        "tokens=65536; an axis of a grid has at most 65535 programs",
+    ),
+    "long_lists_of_triton": (
+        portable.compress_indices,
+        {"positions": torch.empty(1025), "max_entries": 8192},
+        "1025 lists of 8192; a tile is within 512 KiB up to 8388608 indices",
     ),
     "heads_of_attention": (
         attention.sparse_attn,
