@@ -8,7 +8,6 @@ from types import ModuleType
 import torch
 
 from isolith.numerics.pages import read_entries
-from isolith.numerics.scaled_matmul import dequantise_activation, dequantise_weight
 
 
 def attention(q, pools, scale, sink):
@@ -101,91 +100,6 @@ def flash_mla():
         return out, torch.full_like(lse, torch.nan), lse
 
     return module("flash_mla", get_mla_metadata, flash_mla_with_kvcache, flash_mla_sparse_fwd)
-
-
-def deep_gemm():
-    """DeepGEMM 54e2261, csrc/apis/gemm.hpp and csrc/apis/attention.hpp, as on sm_90."""
-
-    def grouped(x, weight, d, grouped_layout):
-        assert grouped_layout.dtype == torch.int32
-        assert grouped_layout.shape == (d.shape[0],)
-        assert d.dtype == torch.bfloat16
-        d.fill_(torch.nan)
-        for expert in grouped_layout.unique().tolist():
-            rows = (grouped_layout == expert).nonzero()[:, 0]
-            if expert >= 0:
-                assert int(rows[0]) % 128 == 0
-                d[rows] = (x[rows] @ weight[expert].T).bfloat16()
-
-    def m_grouped_bf16_gemm_nt_contiguous(a, b, d, grouped_layout, compiled_dims="nk", use_psum_layout=False):
-        assert a.dtype == b.dtype == torch.bfloat16
-        grouped(a.float(), b.float(), d, grouped_layout)
-
-    def m_grouped_fp8_fp4_gemm_nt_contiguous(
-        a, b, d, grouped_layout, recipe=None, recipe_a=None, recipe_b=None, compiled_dims="nk"
-    ):
-        assert a[1].dtype == b[1].dtype == torch.float32
-        assert a[0].shape[1] % 128 == b[0].shape[1] % 128 == 0
-        x = dequantise_activation(a[0], a[1], 128, torch.float32)
-        weight = torch.stack([dequantise_weight(w, s, 128, 128, torch.float32) for w, s in zip(*b, strict=True)])
-        grouped(x, weight, d, grouped_layout)
-
-    def fp8_fp4_gemm_nt(a, b, d, c=None, recipe=None, recipe_a=None, recipe_b=None, compiled_dims="nk"):
-        assert a[1].dtype == b[1].dtype == torch.float32
-        assert a[0].dim() == b[0].dim() == 2
-        assert c is None
-        x = dequantise_activation(a[0], a[1], 128, torch.float32)
-        d.copy_(x @ dequantise_weight(b[0], b[1], 128, 128, torch.float32).T)
-
-    def get_num_sms():
-        return 132
-
-    def get_paged_mqa_logits_metadata(context_lens, block_kv, num_sms, indices=None):
-        assert context_lens.dtype == torch.int32
-        assert context_lens.dim() == 2
-        assert context_lens.is_contiguous()
-        assert int(context_lens.min()) > 0
-        assert block_kv == 64
-        return torch.zeros(num_sms + 1, 2, dtype=torch.int32)
-
-    def fp8_fp4_paged_mqa_logits(
-        q,
-        kv_cache,
-        weights,
-        context_lens,
-        block_table,
-        schedule_meta,
-        max_context_len,
-        clean_logits=False,
-        logits_dtype=torch.float32,
-        indices=None,
-    ):
-        (values, scale), tokens = q, q[0].shape[0]
-        assert scale is None
-        assert values.dtype == torch.float8_e4m3fn
-        assert values.shape[1] == 1
-        assert weights.dtype == torch.float32
-        assert kv_cache.shape[1:] == (64, 1, 132)
-        assert block_table.dtype == torch.int32
-        assert schedule_meta.shape == (133, 2)
-        entry = torch.arange(max_context_len)
-        block = block_table[:, entry // 64].long()
-        assert ((block >= 0) & (block < kv_cache.shape[0])).all()
-        inside = entry < context_lens
-        keys = read_entries(kv_cache[:, :, 0], torch.where(inside, block * 64 + entry % 64, -1), torch.float32)
-        dots = torch.einsum("thc,tsc->ths", values[:, 0].float(), keys).relu()
-        scores = torch.full((tokens, max_context_len + 64), torch.nan)[:, :max_context_len]  # not contiguous
-        return torch.where(inside, torch.einsum("ths,th->ts", dots, weights), scores)
-
-    return module(
-        "deep_gemm",
-        m_grouped_bf16_gemm_nt_contiguous,
-        m_grouped_fp8_fp4_gemm_nt_contiguous,
-        fp8_fp4_gemm_nt,
-        get_num_sms,
-        get_paged_mqa_logits_metadata,
-        fp8_fp4_paged_mqa_logits,
-    )
 
 
 def takes(*tensors):

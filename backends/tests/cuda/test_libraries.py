@@ -7,11 +7,19 @@ from types import ModuleType
 import pytest
 import stand_ins
 import torch
+from stand_in_deep_gemm import deep_gemm as stand_in_deep_gemm
 
 from isolith import Make
 from isolith.select import refusal
 from isolith_backends.cuda import libraries
-from isolith_backends.cuda.libraries import deep_gemm, flash_mla, flashinfer, grouped_mm, tile_kernels
+from isolith_backends.cuda.libraries import (
+    deep_gemm,
+    deep_gemm_sm100,
+    flash_mla,
+    flashinfer,
+    grouped_mm,
+    tile_kernels,
+)
 from isolith_conformance.buffers import place_all
 from isolith_conformance.judge import expect
 
@@ -22,29 +30,38 @@ PINNED = [
     tile_kernels.hc_post_tile_kernels,
     tile_kernels.sinkhorn_tile_kernels,
 ]
+ON_SM100 = [
+    deep_gemm_sm100.grouped_gemm_deep_gemm_sm100,
+    deep_gemm_sm100.quant_linear_deep_gemm_sm100,
+    deep_gemm_sm100.indexer_score_deep_gemm_sm100,
+]
 INSTALLED = [
     flash_mla.sparse_attn_flash_mla,
     flash_mla.sparse_attn_flash_mla_prefill,
     deep_gemm.grouped_gemm_deep_gemm,
     deep_gemm.quant_linear_deep_gemm,
     deep_gemm.indexer_score_deep_gemm,
+    *ON_SM100,
     *PINNED,
 ]
 KERNELS = [*INSTALLED, grouped_mm.grouped_gemm_torch]
 STAND_INS = {
     "flash_mla": stand_ins.flash_mla(),
-    "deep_gemm": stand_ins.deep_gemm(),
+    "deep_gemm": stand_in_deep_gemm(9),
     "flashinfer": stand_ins.flashinfer(),
     **stand_ins.tile_kernels(),
 }
 
 
 @pytest.fixture(autouse=True)
-def installed(monkeypatch):
-    """The stand-ins, found as installed libraries are."""
+def installed(monkeypatch, request):
+    """The stand-ins, found as installed libraries are, on the GPU that the kernel under test is for."""
     libraries.attempt.cache_clear()
     for name, stand_in in STAND_INS.items():
         monkeypatch.setitem(sys.modules, name, stand_in)
+    case = getattr(request.node, "callspec", None)
+    if case is not None and case.params.get("kernel") in ON_SM100:
+        monkeypatch.setitem(sys.modules, "deep_gemm", stand_in_deep_gemm(10))
     yield
     libraries.attempt.cache_clear()
 

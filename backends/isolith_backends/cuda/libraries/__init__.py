@@ -2,6 +2,8 @@
 
 import importlib
 import inspect
+import re
+from collections.abc import Callable
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -38,9 +40,20 @@ def lacks(name: str, function: str, *parameters: str) -> WhyNot:
     found = getattr(module, function, None)
     if found is None:
         return f"{name} has no {function}"
-    try:
-        known = inspect.signature(found).parameters
-    except (TypeError, ValueError):
+    known = parameters_of(found)
+    if known is None:
         return f"{name}.{function} does not tell its parameters"
     missing = [parameter for parameter in parameters if parameter not in known]
     return f"{name}.{function} does not take {', '.join(missing)}" if missing else None
+
+
+def parameters_of(function: Callable[..., Any]) -> tuple[str, ...] | None:  # Any: libraries without types
+    """The names of a function's parameters; None where it does not tell them.
+
+    What pybind11 makes has no signature to inspect. It writes one into the first line of the docstring.
+    """
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        line = (function.__doc__ or "").partition("\n")[0]
+        return tuple(re.findall(r"(?<=[(\s])(\w+): ", line)) if "(" in line else None
