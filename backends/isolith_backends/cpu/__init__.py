@@ -19,6 +19,10 @@ def isolith_backend() -> Backend:
         device_type="cpu",
         api_version=1,
         why_unavailable=why_unavailable,
-        kernels=("isolith_backends.cpu.attention", "isolith_backends.cpu.moe"),
+        kernels=(
+            "isolith_backends.cpu.native.norm",
+            "isolith_backends.cpu.attention",
+            "isolith_backends.cpu.moe",
+        ),
         reference_is_native=True,
     )
