@@ -16,13 +16,19 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from isolith import WhyNot, config
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]  # a module, or none
 
 FOLDER = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
@@ -97,13 +103,24 @@ def compiled(source: Path) -> Path:
     texts = [path.read_bytes() for path in (source, *sorted(FOLDER.glob("*.h")))]
     identity = hashlib.sha256(b"\0".join([machine(compiler).encode(), shlex.join(compiler).encode(), *texts]))
     binary = config.cache_folder() / "native" / f"{source.stem}-{identity.hexdigest()[:16]}.so"
-    if not binary.exists():
-        binary.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=binary.parent) as folder:
-            made = Path(folder) / binary.name
+    if binary.exists():
+        return binary
+    binary.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with alone(binary.parent), tempfile.TemporaryDirectory(dir=binary.parent) as folder:
+        made = Path(folder) / binary.name
+        if not binary.exists():
             run((*compiler, str(source), "-o", str(made), *openmp()))
-            made.replace(binary)  # at once: another process may be loading it
+            made.replace(binary)  # at once: whoever finds it may load it
     return binary
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One process at a time: the others wait for what it compiles, where the system has such locks."""
+    with (folder / "lock").open("w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def compiler_words() -> tuple[str, ...]:
