@@ -27,7 +27,7 @@ def tiny(monkeypatch):
     [
         pytest.param(["--context", "many"], "--context is a number of tokens such as 4096", id="context"),
         pytest.param(["--context", "0"], "--context is a number of tokens such as 4096", id="no_context"),
-        pytest.param(["--context", "4K", "--context", "4000"], "--context names one length twice", id="twice"),
+        pytest.param(["--context", "4K", "--context", "4000"], "--context names one number twice", id="twice"),
         pytest.param(["--tokens", "0"], "--tokens must be at least 1; got 0", id="tokens"),
         pytest.param(
             ["--phase", "prefill", "--context", "16"], "--tokens must be at most --context = 16", id="prefill"
@@ -89,7 +89,7 @@ def test_wrong_kernel_ends_with_1(tiny):
 
 def test_progress_goes_to_stderr(tiny, capsys):
     command.bench_command([*TINY, "--op", "sinkhorn"])
-    assert "[1/1] sinkhorn, layer, context 4096 ..." in capsys.readouterr().err
+    assert "[1/1] sinkhorn, layer, context 4096, tokens 1 ..." in capsys.readouterr().err
 
 
 def test_contexts_are_rows_of_one_run(tiny, tmp_path):
@@ -119,3 +119,10 @@ def test_compare_takes_records_of_the_benchmark(tiny, tmp_path, capsys):
     capsys.readouterr()
     command_line.main(["compare", path, path, "--json"])
     assert json.loads(capsys.readouterr().out)["pairs"][0]["operator"] == "sinkhorn"
+
+
+def test_several_numbers_of_tokens_and_experts_are_measured_one_by_one(tiny, capsys):
+    command.bench_command([*TINY, "--op", "moe_permute", "--tokens", "1", "--tokens", "2", "--warm"])
+    out = capsys.readouterr().out
+    assert "against" in out
+    assert "caches are warm before every repeat" in out

@@ -11,7 +11,7 @@ from isolith_conformance.report_json import schema
 
 HEAD = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "A record of the Isolith benchmark, version 1",
+    "title": "A record of the Isolith benchmark, version 2",
 }
 
 
@@ -44,7 +44,7 @@ def tampered(path, change):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        pytest.param(lambda made: made.update(schema=2), "schema must be one of 1", id="version"),
+        pytest.param(lambda made: made.update(schema=1), "schema must be one of 2", id="version"),
         pytest.param(lambda made: made.update(kind="report"), "kind must be one of bench", id="kind"),
         pytest.param(lambda made: made.pop("limits"), "lacks 'limits'", id="missing"),
         pytest.param(lambda made: made.update(more=1), "unknown key, 'more'", id="unknown"),

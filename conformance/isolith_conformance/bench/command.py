@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import difflib
+import itertools
 import os
 import platform
 import re
@@ -55,13 +56,28 @@ def parser() -> argparse.ArgumentParser:
     add("--model", choices=sorted(MODELS), default="v4-flash", help="whose layers' shapes (default: v4-flash)")
     add("--phase", choices=("decode", "prefill"), default="decode", help="kind of step (default: decode)")
     add("--context", action="append", default=[], metavar="N", help="tokens: 4096, 64K, 64Ki, 1M; more than once")
-    add("--tokens", type=int, default=None, metavar="N", help="decode: sequences (1); prefill: tokens of one (512)")
-    add("--experts", type=int, default=None, metavar="N", help="keep so many experts, for little memory")
+    add(
+        "--tokens",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="decode: sequences (1); prefill: tokens of one (512); more than once",
+    )
+    add(
+        "--experts",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="keep so many experts, for little memory; more than once",
+    )
     add("--op", action="append", default=[], metavar="OPERATOR", help="time this operator alone; more than once")
     add("--seconds", type=float, default=1.0, metavar="S", help="for the repeats of each kernel and peer (1)")
     add("--reference-seconds", type=float, default=20.0, metavar="S", help="a run of a reference may take (20)")
     add("--no-reference", action="store_true", help="leave the references' times out; results are still checked")
     add("--no-peers", action="store_true", help="leave the peers out")
+    add("--warm", action="store_true", help="leave caches as they are between repeats, for calls of microseconds")
     add("--threads", type=int, default=None, metavar="N", help="torch's threads on the host")
     add("--json", type=Path, default=None, metavar="FILE", help="write the record")
     add(
@@ -117,30 +133,33 @@ def run(options: argparse.Namespace, command: str, say: Say) -> int:
 
 
 def settings_of(options: argparse.Namespace) -> list[Setting]:
-    """A setting for each context; BenchError for what is not legal."""
+    """A setting for each context, number of tokens and number of experts; BenchError for what is not legal."""
     model = MODELS[options.model]
     contexts = [tokens_of(text) for text in options.context or ["4096"]]
-    tokens = DEFAULT_TOKENS[options.phase] if options.tokens is None else options.tokens
-    experts = model.experts if options.experts is None else options.experts
+    counts = options.tokens or [DEFAULT_TOKENS[options.phase]]
+    kept = options.experts or [model.experts]
     for name, value in (("--seconds", options.seconds), ("--reference-seconds", options.reference_seconds)):
         if not 0 < value < 1e6:
             raise BenchError(f"bench: {name} must be positive; got {value:g}.")
-    for name, count in (("--tokens", tokens), ("--threads", options.threads)):
-        if count is not None and count < 1:
-            raise BenchError(f"bench: {name} must be at least 1; got {count}.")
-    if len(set(contexts)) != len(contexts):
-        raise BenchError("bench: --context names one length twice.")
-    made = []
-    for context in contexts:
-        if options.phase == "prefill" and tokens > context:
-            raise BenchError(f"bench: --tokens must be at most --context = {context} in prefill; got {tokens}.")
-        made.append(Setting(model=model, phase=options.phase, context=context, tokens=tokens, experts=experts))
+    for name, given in (("--tokens", counts), ("--threads", [options.threads or 1])):
+        if min(given) < 1:
+            raise BenchError(f"bench: {name} must be at least 1; got {min(given)}.")
+    for name, values in (("--context", contexts), ("--tokens", counts), ("--experts", kept)):
+        if len(set(values)) != len(values):
+            raise BenchError(f"bench: {name} names one number twice.")
+    if options.phase == "prefill" and max(counts) > min(contexts):
+        raise BenchError(f"bench: --tokens must be at most --context = {min(contexts)} in prefill; got {max(counts)}.")
+    made = [
+        Setting(model=model, phase=options.phase, context=context, tokens=tokens, experts=experts)
+        for experts, tokens, context in itertools.product(kept, counts, contexts)
+    ]
     least, step = least_experts(made[0]), 1 if isinstance(model, V4) else GROUPS
-    if not least <= experts <= model.experts or experts % step:
-        multiple = "" if step == 1 else f" and a multiple of {step}, its groups"
-        raise BenchError(
-            f"bench: --experts of {options.model} must be in {least}..{model.experts}{multiple}; got {experts}."
-        )
+    for experts in kept:
+        if not least <= experts <= model.experts or experts % step:
+            multiple = "" if step == 1 else f" and a multiple of {step}, its groups"
+            raise BenchError(
+                f"bench: --experts of {options.model} must be in {least}..{model.experts}{multiple}; got {experts}."
+            )
     return made
 
 
@@ -211,11 +230,11 @@ def listing(chosen: list[tuple[Setting, list[Workload]]]) -> str:
     from isolith.commands.command import columns
     from isolith_conformance.bench.memory import bytes_needed
 
-    rows = [["operator", "call", "context", "MB", "note"]]
+    rows = [["operator", "call", "context", "tokens", "MB", "note"]]
     for setting, calls in chosen:
         for one in calls:
             size = f"{bytes_needed(one) / 1e6:,.1f}"
-            rows.append([one.operator.name, one.label, f"{setting.context}", size, one.note])
+            rows.append([one.operator.name, one.label, f"{setting.context}", f"{setting.tokens}", size, one.note])
     return columns(rows)
 
 
@@ -231,10 +250,13 @@ def measured(
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     progress("measuring what the machine can do ...")
     watch = Clock(device)
+    limits = measure_limits(watch)
+    if options.warm:
+        watch = Clock(device, buffer_bytes=0)
     bench = Bench(
         dispatcher=dispatcher,
         clock=watch,
-        limits=measure_limits(watch),
+        limits=limits,
         seconds=options.seconds,
         reference_seconds=0.0 if options.no_reference else options.reference_seconds,
         peers=() if options.no_peers else PEERS,
@@ -243,23 +265,24 @@ def measured(
     rows: list[Row] = []
     try:
         for place, (setting, one) in enumerate(calls, 1):
-            progress(f"[{place}/{len(calls)}] {one.operator.name}, {one.label}, context {setting.context} ...")
+            progress(f"[{place}/{len(calls)}] {one.operator.name}, {one.label}, {setting.words} ...")
             rows.append(measure(bench, setting, one))
             progress(f"    {row_line(rows[-1])}")
     except KeyboardInterrupt:
         progress("interrupted; the record has what was measured")
-    first = chosen[0][0]
+    settings = [setting for setting, _ in chosen]
     return record.bench_of(
         suite=plan.suite(),
         run=record.BenchRun(
             command=command,
             started=started.isoformat(timespec="seconds"),
             seconds=time.perf_counter() - clock,
-            model=first.model.name,
-            phase=first.phase,
-            contexts=tuple(setting.context for setting, _ in chosen),
-            tokens=first.tokens,
-            experts=first.experts,
+            model=settings[0].model.name,
+            phase=settings[0].phase,
+            contexts=tuple(dict.fromkeys(setting.context for setting in settings)),
+            tokens=tuple(dict.fromkeys(setting.tokens for setting in settings)),
+            experts=tuple(dict.fromkeys(setting.experts for setting in settings)),
+            caches="warm" if options.warm else "cold",
             threads=torch.get_num_threads(),
             complete=len(rows) == len(calls),
         ),

@@ -88,6 +88,7 @@ def measure(bench: Bench, setting: Setting, workload: Workload) -> Row:
         phase=setting.phase,
         context=setting.context,
         tokens=setting.tokens,
+        experts=setting.experts,
         kernel="",
         ran=(),
         fallback=False,

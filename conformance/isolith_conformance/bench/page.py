@@ -5,9 +5,18 @@ from importlib.resources import files
 
 from markupsafe import Markup
 
+from isolith_conformance.bench.growth import growths
 from isolith_conformance.bench.picture import numbers, picture
 from isolith_conformance.bench.record import Bench
-from isolith_conformance.bench.text import cells, limit_lines, notes_of, number, seconds
+from isolith_conformance.bench.text import (
+    GROWTH_HEADING,
+    cells,
+    growth_cells,
+    limit_lines,
+    notes_of,
+    number,
+    seconds,
+)
 from isolith_conformance.page import environment, source
 
 HEADING = (
@@ -37,6 +46,8 @@ def page(bench: Bench) -> str:
         ],
         limits=list(limit_lines(bench.limits)),
         notes=notes_of(bench),
+        growth=[growth_cells(found) for found in growths(bench)],
+        growth_heading=GROWTH_HEADING,
         drawing="data:image/svg+xml;base64," + base64.b64encode(picture(bench).encode()).decode(),
         style=Markup(style),  # the package's own files
         policy=f"default-src 'none'; style-src '{source(style)}'; img-src data:; base-uri 'none'",

@@ -130,9 +130,15 @@ def legend_parts(bench: Bench, top: float) -> Iterator[str]:
 
 
 def drawn_context(bench: Bench) -> list[Row]:
-    """The rows of the longest context: those of the roofline."""
+    """The rows of the longest context, of the most tokens and experts: those of the roofline."""
     longest = max((row.context for row in bench.rows), default=0)
-    return [row for row in bench.rows if row.context == longest]
+    return [row for row in most(bench) if row.context == longest]
+
+
+def most(bench: Bench) -> list[Row]:
+    """The rows of the most tokens and experts."""
+    largest = max(((row.tokens, row.experts) for row in bench.rows), default=(0, 0))
+    return [row for row in bench.rows if (row.tokens, row.experts) == largest]
 
 
 def decades(values: Sequence[float]) -> tuple[float, float]:
@@ -155,7 +161,7 @@ def roofline(bench: Bench, top: float) -> Iterator[str]:
     )
     run = bench.run
     context = max(run.contexts)
-    what = f"{run.model} {run.phase}, {run.tokens} tokens, context {context:,}, {bench.backend.name}"
+    what = f"{run.model} {run.phase}, {max(run.tokens)} tokens, context {context:,}, {bench.backend.name}"
     yield from axes.frame((f"Roofline: {what}", "FLOP per byte, by the operators' cost", "GFLOP/s"))
     yield from roofs(axes, limits)
     yield from numbered(axes, [(x, y, known[row.operator, row.label], row) for x, y, row in dots])
@@ -217,7 +223,7 @@ def scaling(bench: Bench, top: float) -> Iterator[str]:
     """Times against the context, a line for each call."""
     known = numbers(bench)
     lines: dict[int, list[tuple[int, float]]] = {}
-    for row in bench.rows:
+    for row in most(bench):
         if row.time is not None:
             lines.setdefault(known[row.operator, row.label], []).append((row.context, row.time.median))
     lines = {number: sorted(points) for number, points in lines.items() if len(points) > 1}

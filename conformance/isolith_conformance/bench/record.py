@@ -14,7 +14,7 @@ from isolith_conformance import report_json
 from isolith_conformance.report import BackendRecord, Environment, Suite
 from isolith_conformance.report_json import Hex, JsonError, as_text, canonical, decode, encode, parse
 
-VERSION = 1
+VERSION = 2
 LARGEST_FILE = 32 * 2**20
 
 State = Literal["RIGHT", "WRONG", "ERROR"]
@@ -80,6 +80,7 @@ class Row:
         operator: What was called.
         label: Which of the model's calls of it.
         note: In which way the call is not the model's own; "" where it is.
+        phase, context, tokens, experts: Of the step.
         kernel: What took the call, as `explain` spells it.
         ran: What ran it, parts of a composition too.
         fallback: Whether that is a step down for this device.
@@ -104,6 +105,7 @@ class Row:
     phase: Literal["decode", "prefill"]
     context: int
     tokens: int
+    experts: int
     kernel: str
     ran: tuple[str, ...]
     fallback: bool
@@ -126,9 +128,9 @@ class Row:
     peers: tuple[PeerTime, ...] = ()
 
     @property
-    def key(self) -> tuple[str, str, str, int, int, str]:
+    def key(self) -> tuple[str, str, str, int, int, int, str]:
         """What two rows of one call have in common."""
-        return self.operator, self.label, self.phase, self.context, self.tokens, self.note
+        return self.operator, self.label, self.phase, self.context, self.tokens, self.experts, self.note
 
     @property
     def gbs(self) -> float | None:
@@ -143,7 +145,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRun:
-    """What was asked for."""
+    """What was asked for; `caches` says whether they were filled with something else before every repeat."""
 
     command: str
     started: str
@@ -151,8 +153,9 @@ class BenchRun:
     model: str
     phase: Literal["decode", "prefill"]
     contexts: tuple[int, ...]
-    tokens: int
-    experts: int
+    tokens: tuple[int, ...]
+    experts: tuple[int, ...]
+    caches: Literal["cold", "warm"]
     threads: int
     complete: bool
 
@@ -161,7 +164,7 @@ class BenchRun:
 class Bench:
     """A benchmark's file, field by field."""
 
-    schema: Literal[1]
+    schema: Literal[2]
     kind: Literal["bench"]
     suite: Suite
     run: BenchRun

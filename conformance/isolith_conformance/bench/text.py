@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterator
 
 from isolith.commands.command import columns
+from isolith_conformance.bench.growth import Growth, growths
 from isolith_conformance.bench.record import Bench, Limits, Row, Timing
 from isolith_conformance.report_text import first_line, inert
 
@@ -94,6 +95,7 @@ def lines(bench: Bench) -> Iterator[str]:
     yield ""
     yield columns([list(HEADING), *(cells(row) for row in bench.rows)])
     yield from peer_lines(bench)
+    yield from growth_lines(bench)
     yield from note_lines(bench)
     yield ""
     wrong = [row for row in bench.rows if row.state != "RIGHT"]
@@ -123,6 +125,27 @@ def peer_lines(bench: Bench) -> Iterator[str]:
         yield textwrap.fill(f"{name}: {statement}.", WIDE, subsequent_indent="    ")
 
 
+GROWTH_HEADING = ("operator", "call", "against", "from", "to", "time", "by cost", "memory", "written")
+
+
+def growth_cells(found: Growth) -> list[str]:
+    """An exponent's row."""
+    ends = [f"{found.low}", f"{found.high}"]
+    figures = [found.time, found.least, found.memory, found.written]
+    head = [inert(found.operator), inert(found.label), found.axis]
+    return [*head, *ends, *("–" if figure is None else f"{figure:.2f}" for figure in figures)]
+
+
+def growth_lines(bench: Bench) -> Iterator[str]:
+    """The exponents, where a run has several contexts, numbers of tokens or of experts."""
+    rows = [growth_cells(found) for found in growths(bench)]
+    if rows:
+        yield ""
+        yield "Exponents: 1 is linear, 0 is flat. Time, beside the least time of the cost; memory beyond the arguments,"
+        yield "beside the bytes that the cost says are written."
+        yield columns([list(GROWTH_HEADING), *rows])
+
+
 def notes_of(bench: Bench) -> list[str]:
     """What must be said of rows that are not what they seem."""
     found: dict[str, list[str]] = {}
@@ -141,7 +164,7 @@ def note_lines(bench: Bench) -> Iterator[str]:
     """The notes, and what the columns mean."""
     yield ""
     notes = notes_of(bench)
-    notes.append("spread: the interquartile range; caches are cold before every repeat")
+    notes.append(f"spread: the interquartile range; caches are {bench.run.caches} before every repeat")
     notes.append(
         "least: the time that the operator's own cost takes under the limits above; % of limit: least / median"
     )

@@ -62,6 +62,11 @@ class Setting:
         return torch.arange(self.context - self.new, self.context).repeat(self.sequences)
 
     @property
+    def words(self) -> str:
+        """The step for who waits."""
+        return f"context {self.context}, tokens {self.tokens}"
+
+    @property
     def expert_note(self) -> str:
         """What is said of rows with fewer experts than the model's."""
         return "" if self.experts == self.model.experts else f"{self.experts} of {self.model.experts} experts"
