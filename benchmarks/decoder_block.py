@@ -203,7 +203,6 @@ def beside(context: int, experts: int) -> None:
         index_n_heads=model.index_heads,
         index_head_dim=model.index_dim,
         index_topk=model.index_topk,
-        max_position_embeddings=2 * context,
     ).to(torch.bfloat16)
     torch.set_default_dtype(torch.float32)
     ours = isolith_transformers.apply(copy.deepcopy(untouched)).model

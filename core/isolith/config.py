@@ -159,6 +159,11 @@ def environment_of_child(patterns: Sequence[str], **more: str) -> dict[str, str]
     return {**allowed, **more}
 
 
+def tool(variable: str) -> str | None:
+    """What the user has set for a tool of the machine, by the usual variable such as CXX; None where it is not set."""
+    return os.environ.get(variable)
+
+
 def cache_folder() -> Path:
     """The folder of this user where what can be found out again is kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isolith"

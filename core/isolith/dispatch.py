@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map_only
 from isolith import config, registry
 from isolith.config import Settings
 from isolith.errors import FallbackWarning, FrozenError, NoKernelError, Unsupported
+from isolith.memory import check_room
 from isolith.registry import Registry
 from isolith.select import Candidate, Explanation, select
 from isolith.shadow import shadow_for
@@ -73,6 +74,7 @@ class Dispatcher:
         """Check the call, select, and remember the function that runs it."""
         arguments = operator.arguments(*args, **kwargs)
         explanation = self.explain(operator, arguments)
+        check_room(operator, arguments, explanation.device)
         function = self.function(operator, explanation)
         if len(self.memo) >= MEMO_LIMIT:
             self.memo.clear()
@@ -378,10 +380,8 @@ def bind(operator: "AnyOperator", *args: Any, **kwargs: Any) -> Handle:
     explanation = active.explain(operator, operator.arguments(*args, **kwargs))
     chosen = explanation.chosen
     assert chosen is not None, "the ladder ends with steps that nothing rules out"
-    if active.settings.debug:
-        handle = Handle(operator)
-    else:
-        handle = Handle(active.unchecked(operator, explanation))
+    check_room(operator, operator.arguments(*args, **kwargs), explanation.device)
+    handle = Handle(operator if active.settings.debug else active.unchecked(operator, explanation))
     handle.kernel = chosen.name
     return handle
 

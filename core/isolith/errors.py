@@ -19,6 +19,10 @@ class Unsupported(IsolithError):  # noqa: N818  # the word that kernels raise, a
     """
 
 
+class OutOfMemoryError(IsolithError, MemoryError):
+    """A call whose results the host has no room for: raised before anything is allocated."""
+
+
 class NoKernelError(IsolithError):
     """No step of the ladder that the settings allow takes this call."""
 

@@ -21,6 +21,7 @@ import isolith
 from isolith.dispatch import Dispatcher
 from isolith.errors import IsolithError
 from isolith.machine import device_name, processor
+from isolith.memory import bytes_free
 from isolith.models import MODELS, V4
 from isolith.ops import OPERATORS
 from isolith_conformance import plan
@@ -29,7 +30,7 @@ from isolith_conformance.bench.clock import Clock
 from isolith_conformance.bench.floors import CHIPS, floors
 from isolith_conformance.bench.machine import measure_limits
 from isolith_conformance.bench.measure import Bench, measure
-from isolith_conformance.bench.memory import bytes_free, check_memory, least_experts
+from isolith_conformance.bench.memory import check_memory, least_experts
 from isolith_conformance.bench.page import page
 from isolith_conformance.bench.peers import PEERS
 from isolith_conformance.bench.picture import picture

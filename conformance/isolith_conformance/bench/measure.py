@@ -12,11 +12,12 @@ from torch import Tensor
 
 from isolith.dispatch import Dispatcher, Recorder, bind, references, using
 from isolith.errors import FallbackWarning, Unsupported
+from isolith.memory import bytes_free
 from isolith.operator import AnyOperator, Cost
 from isolith_conformance.bench.clock import Clock
 from isolith_conformance.bench.fill import Fill
 from isolith_conformance.bench.machine import roofline
-from isolith_conformance.bench.memory import MARGIN, bytes_free, peak_extra
+from isolith_conformance.bench.memory import MARGIN, peak_extra
 from isolith_conformance.bench.part import FEW, Part, part_of
 from isolith_conformance.bench.peers import PEERS, Peer
 from isolith_conformance.bench.record import Limits, PeerTime, Row, Timing

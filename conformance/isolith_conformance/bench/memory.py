@@ -1,8 +1,7 @@
 """How many bytes a call needs, and how many there are; a request beyond that is refused before anything is made."""
 
 import ctypes
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,31 +37,6 @@ def matrix_in_float32(tensor: Tensor) -> int:
     elements: int = tensor.shape[-2] * tensor.shape[-1] * (2 if tensor.dtype == torch.uint8 else 1)
     each = 3 * 4 if tensor.itemsize == 1 else 4
     return elements * each
-
-
-def bytes_free(device: str) -> int:
-    """Bytes that the device has left."""
-    if device != "cpu":
-        return int(torch.get_device_module(device).mem_get_info()[0])
-    known = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        known = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")] or known
-        known += list(control_group_bytes())
-    except (OSError, ValueError):
-        pass
-    return min(known)
-
-
-def control_group_bytes() -> Iterator[int]:
-    """What a control group leaves of the machine."""
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        most, now = (Path("/sys/fs/cgroup") / name for name in (limit, used))
-        if most.is_file() and now.is_file() and (text := most.read_text().strip()).isdigit():
-            yield int(text) - int(now.read_text())
 
 
 def check_memory(setting: Setting, chosen: Iterable[Workload], free: int) -> None:

@@ -99,7 +99,7 @@ def ctype(parameter: str) -> type:
 
 def compiled(source: Path) -> Path:
     """The shared library of a source, made where it is not there."""
-    compiler = (*compiler_words(), *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")))
+    compiler = (*compiler_words(), *FLAGS, *shlex.split(config.tool("CXXFLAGS") or ""))
     texts = [path.read_bytes() for path in (source, *sorted(FOLDER.glob("*.h")))]
     identity = hashlib.sha256(b"\0".join([machine(compiler).encode(), shlex.join(compiler).encode(), *texts]))
     binary = config.cache_folder() / "native" / f"{source.stem}-{identity.hexdigest()[:16]}.so"
@@ -125,7 +125,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 def compiler_words() -> tuple[str, ...]:
     """The compiler's command: CXX, or the first of the usual names."""
-    wanted = os.environ.get("CXX")
+    wanted = config.tool("CXX")
     if wanted is not None:
         words = tuple(shlex.split(wanted))
         if not words or shutil.which(words[0]) is None:
