@@ -1,19 +1,35 @@
-"""What a call costs beyond the kernel's own function, against a direct call and against torch's own mechanisms.
+"""What a call costs beyond the kernel's own function, against a direct call and against the mechanisms of others.
 
     python benchmarks/call_overhead.py [--json]
 
 Every row times a kernel that does nothing, on CPU tensors, round robin with the others; least and median of `--repeats`
-rounds in nanoseconds. Budgets: a bound handle 100 ns over the direct call; a full call 500 ns + 300 ns per tensor
-argument over it; `import isolith` 50 ms over `import torch`.
+rounds in nanoseconds, and what a call executes: Python frames, look-ups in dictionaries, in module globals, and of
+attributes. Budgets: a bound handle 100 ns over the direct call; a full call 500 ns + 300 ns per tensor argument over
+it; `import isolith` 50 ms over `import torch`.
+
+direct          the function itself
+bound           isolith.bind
+call            the operator, eagerly
+node            the operator as a graph of torch.export or torch.compile calls it, torch.ops.isolith
+compiled        the operator in a function under torch.compile (aot_eager), a tenth of ten in a row
+torch.library   Library.define and impl: how FlagGems replaces ATen's operators, and engines register their own
+custom_op       torch.library.custom_op
+vllm ir         an operator of vllm.ir with one provider, through torch, where vllm is installed
+vllm ir eager   the same without torch's dispatcher
 """
 
 import argparse
+import dis
+import importlib.util
+import inspect
 import json
 import statistics
 import subprocess
 import sys
 import timeit
+from collections import Counter
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -61,10 +77,73 @@ def library_op(operator: AnyOperator, answer: Any) -> Callable[..., Any]:
     return found
 
 
-KEPT: list[torch.library.Library] = []
+KEPT: list[Any] = []  # Any: what lives as long as what it has registered
 
 
-WAYS = ("direct", "bound", "call", "torch.library", "custom_op")
+def compiled(operator: AnyOperator) -> Callable[..., Any]:
+    """A compiled function that calls the operator as often as CHAIN says."""
+
+    def chain(*args: Any) -> Any:
+        return [operator(*args) for _ in range(CHAIN)]
+
+    return torch.compile(chain, backend="aot_eager", fullgraph=True)
+
+
+def vllm_ir(operator: AnyOperator, answer: Any) -> Any:
+    """An operator of vllm.ir whose first provider does nothing."""
+    from vllm.ir.op import register_op
+
+    made = register_op(operator.reference, name=f"isolith_{operator.name}")
+
+    def idle(*args: Any, **kwargs: Any) -> Any:
+        return answer
+
+    idle.__signature__ = inspect.signature(operator.reference)  # type: ignore[attr-defined]  # read by inspect alone
+    made.register_impl("idle")(idle)
+    priority = made.set_priority(["idle"])
+    priority.__enter__()
+    KEPT.append(priority)
+    return made
+
+
+def vllm_ir_eager(operator: AnyOperator) -> Callable[..., Any]:
+    """The same, without torch's dispatcher: what enable_torch_wrap(False) makes of a call."""
+    from vllm.ir.op import IrOp
+
+    found: Callable[..., Any] = IrOp.registry[f"isolith_{operator.name}"]._inner_call
+    return found
+
+
+CHAIN = 10
+WAYS = ("direct", "bound", "call", "node", "compiled", "torch.library", "custom_op", "vllm ir", "vllm ir eager")
+LOOK_UPS = {"LOAD_GLOBAL": "globals", "LOAD_NAME": "globals", "LOAD_ATTR": "attributes", "LOAD_METHOD": "attributes"}
+
+
+def executed(function: Callable[..., Any], args: tuple[Any, ...]) -> Counter[str]:
+    """What a warm call executes in Python: frames, and look-ups in dictionaries, of globals and of attributes."""
+    counted: Counter[str] = Counter()
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if event == "call":
+            counted["frames"] += 1
+            frame.f_trace_opcodes = True
+        if event == "opcode":
+            kind = LOOK_UPS.get(dis.opname[frame.f_code.co_code[frame.f_lasti]])
+            counted.update([kind] if kind else [])
+        return trace
+
+    def profile(_: FrameType, event: str, called: Any) -> None:
+        counted["dictionaries"] += event == "c_call" and isinstance(getattr(called, "__self__", None), dict)
+
+    function(*args)
+    # sys.settrace sees the frames of Python alone, sys.setprofile what they call in C.
+    for start, look in ((sys.settrace, trace), (sys.setprofile, profile)):
+        start(look)
+        try:
+            function(*args)
+        finally:
+            start(None)
+    return counted
 
 
 def measure(
@@ -80,16 +159,23 @@ def measure(
         "direct": lambda: kernel,
         "bound": lambda: Handle(kernel),
         "call": lambda: operator,
+        "node": lambda: operator.torch_op,
+        "compiled": lambda: compiled(operator),
         "torch.library": lambda: library_op(operator, answer),
         "custom_op": lambda: custom_op(operator, answer),
+        "vllm ir": lambda: vllm_ir(operator, answer),
+        "vllm ir eager": lambda: vllm_ir_eager(operator),
     }
+    if importlib.util.find_spec("vllm") is None:
+        ways = tuple(name for name in ways if not name.startswith("vllm"))
     functions = {name: makers[name]() for name in ways}
     times: dict[str, list[float]] = {name: [] for name in ways}
     with using(dispatcher), torch.inference_mode():
         for _ in range(repeats):
             for name, function in functions.items():
                 seconds = timeit.timeit("f(*a)", globals={"f": function, "a": args}, number=number)
-                times[name].append(seconds / number * 1e9)
+                times[name].append(seconds / number * 1e9 / (CHAIN if name == "compiled" else 1))
+        counts = {name: executed(function, args) for name, function in functions.items() if name != "compiled"}
     tensors = sum(isinstance(value, Tensor) for value in args)
     medians = {name: statistics.median(values) for name, values in times.items()}
     # The quietest round is what the code costs; the median is what a busy machine makes of it.
@@ -103,12 +189,17 @@ def measure(
         "least_ns": least,
         "over_direct_ns": over,
         "call_budget_ns": allowed,
+        "executed": {name: dict(counted) for name, counted in counts.items()},
     }
 
 
 def import_ms(repeats: int) -> dict[str, float]:
-    """Milliseconds that `import isolith` takes after `import torch`, each in a fresh process."""
-    code = "import torch, time; s = time.perf_counter(); import isolith; print((time.perf_counter() - s) * 1e3)"
+    """Milliseconds that `import isolith` takes after `import torch`, each in a fresh process.
+
+    Without the garbage collector, whose pass over all that torch has made falls into one import or another.
+    """
+    code = "import gc, torch, time; gc.disable(); s = time.perf_counter(); import isolith; "
+    code += "print((time.perf_counter() - s) * 1e3)"
     runs = [
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
         for _ in range(repeats)
@@ -128,11 +219,16 @@ def main() -> None:
     if options.json:
         print(json.dumps({"calls": rows, "import": imports, "budget": BUDGET}, indent=2))
         return
-    print("nanoseconds a call, least of the rounds (median)")
+    print("nanoseconds a call: least of the rounds (median), over direct; frames, look-ups in dictionaries, globals,")
+    print("attributes that Python executes for it")
     for row in rows:
         print(f"\n{row['operator']}, {row['tensors']} tensors; call budget {row['call_budget_ns']} ns over direct")
         for name, least in row["least_ns"].items():
-            print(f"  {name:14}{least:8.0f} ({row['median_ns'][name]:.0f})   {row['over_direct_ns'][name]:+8.0f}")
+            counted = row["executed"].get(name, {})
+            kinds = [counted.get(kind, 0) for kind in ("frames", "dictionaries", "globals", "attributes")]
+            told = "  ".join(f"{count:4}" for count in kinds) if counted else ""
+            median = f"({row['median_ns'][name]:.0f})"
+            print(f"  {name:14}{least:8.0f} {median:>8} {row['over_direct_ns'][name]:+8.0f}   {told}")
     print(
         f"\nimport isolith after torch: {imports['least_ms']:.0f} ms least, {imports['median_ms']:.0f} ms median of 7"
     )

@@ -70,6 +70,29 @@ def test_an_eager_call_costs_less_than_a_custom_op():
     assert row["over_direct_ns"]["call"] < row["over_direct_ns"]["custom_op"]
 
 
+@pytest.mark.parametrize("name", ["rms_norm", "sparse_attn", "fused_moe"])
+def test_a_call_executes_five_frames_and_one_look_up_in_a_dictionary(name):
+    ways = ("direct", "bound", "call")
+    counted = call_overhead.measure(isolith.OPERATORS[name], repeats=1, number=1, ways=ways)["executed"]
+    assert counted["bound"] == counted["direct"]
+    # The operator, whether Dynamo traces, the call, its key, the kernel; what was chosen for that key.
+    assert (counted["call"]["frames"], counted["call"]["dictionaries"]) == (5, 1)
+    assert counted["call"]["globals"] - counted["direct"]["globals"] <= 4
+
+
+def test_a_frame_and_a_look_up_more_would_be_seen():
+    table = {}
+
+    def one_more(value):
+        return inner(value)
+
+    def inner(value):
+        return table.get(value), len
+
+    counted = call_overhead.executed(one_more, (1,))
+    assert counted == {"frames": 2, "dictionaries": 1, "globals": 1, "attributes": 1}
+
+
 def test_import_takes_a_small_part_of_importing_torch():
     # Without the garbage collector, whose pass over all that torch has made falls into one import or another.
     code = """
