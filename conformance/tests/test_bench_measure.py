@@ -11,7 +11,8 @@ from isolith_conformance.bench.fill import Fill
 from isolith_conformance.bench.machine import measure_limits, rate_of, roofline
 from isolith_conformance.bench.memory import check_memory
 from isolith_conformance.bench.part import part_of
-from isolith_conformance.bench.peers import PEERS, Peer
+from isolith_conformance.bench.peer import Peer
+from isolith_conformance.bench.peers import PEERS
 from isolith_conformance.bench.record import BenchError
 from isolith_conformance.bench.workloads import workloads
 
@@ -158,8 +159,8 @@ def peers_of(module, *marks):
 def test_peer_runs(peer):
     if not peer.installed:
         pytest.skip(f"{peer.module} is not installed")
-    label = "bf16" if peer.operator in ("fused_moe", "grouped_gemm", "quant_linear") else ""
-    row = row_of(setting(), peer.operator, label, peers=(peer,))
+    products = ("fused_moe", "grouped_gemm", "quant_linear", "grouped_output_proj")
+    row = row_of(setting(tokens=1), peer.operator, "bf16" if peer.operator in products else "", peers=(peer,))
     assert row.peers[0].why_not is None
 
 

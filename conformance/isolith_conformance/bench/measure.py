@@ -19,7 +19,8 @@ from isolith_conformance.bench.fill import Fill
 from isolith_conformance.bench.machine import roofline
 from isolith_conformance.bench.memory import MARGIN, peak_extra
 from isolith_conformance.bench.part import FEW, Part, part_of
-from isolith_conformance.bench.peers import PEERS, Peer
+from isolith_conformance.bench.peer import Peer
+from isolith_conformance.bench.peers import PEERS
 from isolith_conformance.bench.record import Limits, PeerTime, Row, Timing
 from isolith_conformance.bench.workloads import Setting, Workload
 from isolith_conformance.execute import leaves

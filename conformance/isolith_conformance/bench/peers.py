@@ -1,51 +1,11 @@
-"""Other ways to compute what an operator computes, timed beside it: torch's own functions, transformers' modules.
-
-A peer says what it computes, since that is seldom the same to the last rule; its results are not judged. A peer is a
-function of the call's arguments that gives the function to time, or None where it does not take this call.
-"""
-
-import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
+"""Peers of the operators: torch's own functions here, transformers' in peers_transformers.py; a new one is a line."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-Arguments = dict[str, Any]  # Any: an operator's arguments
-Run = Callable[[], Any]  # Any: tensors
-Prepare = Callable[[Arguments], Run | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Peer:
-    """One way.
-
-    Args:
-        operator: The operator that it is beside.
-        name: Whose it is.
-        computes: What it computes, where that differs from the operator.
-        prepare: From the call's arguments the function to time; what it does beforehand is not timed.
-        module: What must be installed.
-    """
-
-    operator: str
-    name: str
-    computes: str
-    prepare: Prepare
-    module: str = "torch"
-
-    @property
-    def installed(self) -> bool:
-        """Whether its module is."""
-        return importlib.util.find_spec(self.module) is not None
-
-
-def floating(value: Any) -> bool:  # Any: an argument
-    """Whether an argument is a tensor of floats that torch multiplies."""
-    return isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16, torch.float32)
+from isolith_conformance.bench import peers_transformers
+from isolith_conformance.bench.peer import Arguments, Peer, Run, clamped, floating
 
 
 def rms_norm(given: Arguments) -> Run:
@@ -58,33 +18,6 @@ def head_rms_norm(given: Arguments) -> Run:
     """torch's norm without one."""
     x = given["x"]
     return lambda: functional.rms_norm(x, (x.shape[-1],), None, given["eps"])
-
-
-def rms_norm_module(given: Arguments) -> Run:
-    """transformers' norm."""
-    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RMSNorm
-
-    module = DeepseekV4RMSNorm(given["x"].shape[-1], eps=given["eps"])
-    module.weight = torch.nn.Parameter(given["weight"], requires_grad=False)
-    return lambda: module(given["x"])
-
-
-def hyper_connection(given: Arguments) -> Run:
-    """transformers' hyper-connection."""
-    from transformers.models.deepseek_v4 import modeling_deepseek_v4 as theirs
-
-    streams = given["streams"]
-    config: Any = SimpleNamespace(  # Any: of transformers' configuration the parts that are read
-        hc_mult=streams.shape[1],
-        hc_sinkhorn_iters=given["sinkhorn_iters"],
-        hc_eps=given["hc_eps"],
-        rms_norm_eps=given["norm_eps"],
-        hidden_size=streams.shape[2],
-    )
-    module = theirs.DeepseekV4HyperConnection(config)
-    for name in ("fn", "base", "scale"):
-        setattr(module, name, torch.nn.Parameter(given[name], requires_grad=False))
-    return lambda: module(streams[None])
 
 
 def mixed_streams(given: Arguments) -> Run:
@@ -167,14 +100,6 @@ def grouped_product(given: Arguments) -> Run | None:
     return lambda: torch._grouped_mm(x, turned, offs=ends)
 
 
-def clamped(gate_up: Tensor, limit: float) -> Tensor:
-    """The activation by torch's parts."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    if limit:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return functional.silu(gate) * up
-
-
 def swiglu(given: Arguments) -> Run:
     """The activation and the row weight."""
     weight = given["row_weight"]
@@ -186,35 +111,6 @@ def linear(given: Arguments) -> Run | None:
     """torch's linear layer, floats alone."""
     x, weight = given["x"], given["weight"]
     return (lambda: functional.linear(x, weight)) if floating(x) and weight.dtype == x.dtype else None
-
-
-def experts(given: Arguments) -> Run | None:
-    """transformers' experts, floats alone."""
-    if not floating(given["w13"]) or (given["shared_w13"] is not None and not floating(given["shared_w13"])):
-        return None
-    from transformers.integrations.moe import grouped_mm_experts_forward
-
-    x, limit = given["x"], given["swiglu_limit"]
-    module: Any = SimpleNamespace(  # Any: of transformers' module the parts that the function reads
-        gate_up_proj=given["w13"],
-        down_proj=given["w2"],
-        num_experts=given["w13"].shape[0],
-        has_gate=True,
-        has_bias=False,
-        is_transposed=False,
-        _is_expert_parallel=False,
-        has_post_expert_norm=False,
-        _apply_gate=lambda gate_up: clamped(gate_up, limit),
-    )
-    chosen, weights = given["topk_idx"].long(), given["topk_weights"].to(x.dtype)
-
-    def run() -> Tensor:
-        routed: Tensor = grouped_mm_experts_forward(module, x, chosen, weights)
-        if given["shared_w13"] is None:
-            return routed
-        return routed + functional.linear(clamped(functional.linear(x, given["shared_w13"]), limit), given["shared_w2"])
-
-    return run
 
 
 def attention(given: Arguments) -> Run | None:
@@ -235,6 +131,7 @@ def attention(given: Arguments) -> Run | None:
 
 
 PEERS: tuple[Peer, ...] = (
+    *peers_transformers.PEERS,
     Peer(
         operator="rms_norm",
         name="torch rms_norm",
@@ -242,24 +139,10 @@ PEERS: tuple[Peer, ...] = (
         prepare=rms_norm,
     ),
     Peer(
-        operator="rms_norm",
-        name="transformers",
-        computes="DeepseekV4RMSNorm, the same rounding",
-        prepare=rms_norm_module,
-        module="transformers",
-    ),
-    Peer(
         operator="head_rms_norm",
         name="torch rms_norm",
         computes="F.rms_norm without a weight",
         prepare=head_rms_norm,
-    ),
-    Peer(
-        operator="hc_pre",
-        name="transformers",
-        computes="DeepseekV4HyperConnection, the same formula",
-        prepare=hyper_connection,
-        module="transformers",
     ),
     Peer(
         operator="hc_post",
@@ -316,17 +199,10 @@ PEERS: tuple[Peer, ...] = (
         prepare=linear,
     ),
     Peer(
-        operator="fused_moe",
-        name="transformers",
-        computes="grouped_mm_experts_forward, and F.linear for the shared expert",
-        prepare=experts,
-        module="transformers",
-    ),
-    Peer(
         operator="sparse_attn",
         name="torch sdpa",
         computes="F.scaled_dot_product_attention over entries gathered and dequantised before; no sink, no lse",
         prepare=attention,
     ),
 )
-"""Each a small adapter; a new one is a line here."""
+"""Each a small adapter."""
