@@ -21,6 +21,8 @@ def isolith_backend() -> Backend:
         why_unavailable=why_unavailable,
         kernels=(
             "isolith_backends.cpu.native.norm",
+            "isolith_backends.cpu.native.attention",
+            "isolith_backends.cpu.native.indexer",
             "isolith_backends.cpu.attention",
             "isolith_backends.cpu.moe",
         ),

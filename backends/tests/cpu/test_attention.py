@@ -1,4 +1,4 @@
-"""The host's attention kernels of torch's operations against the references, on every sample, in one piece and in many."""
+"""The host's attention kernels of torch's operations against the references: every sample, in one piece and in many."""
 
 from functools import cache
 

@@ -17,6 +17,9 @@
 #if defined(AVX512) && defined(__AVX512BF16__)
 #define DOT_BF16 1
 #endif
+#if defined(AVX512) && defined(__AVX512VBMI__)
+#define BYTE_TABLES 1
+#endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 #define INLINE inline __attribute__((always_inline))
@@ -323,5 +326,23 @@ INLINE f32 dot(f32 sum, bf16x32 a, bf16x32 b) {
     const i32 wide_a = (i32)a, wide_b = (i32)b;
     sum = fma(as_float(wide_a << 16), as_float(wide_b << 16), sum);
     return fma(as_float(wide_a & int32_t(0xffff0000)), as_float(wide_b & int32_t(0xffff0000)), sum);
+#endif
+}
+
+// a0 b0 a1 b1 .. of the first sixteen of each, and of the last.
+INLINE void interleave(bf16x32 a, bf16x32 b, bf16x32& low, bf16x32& high) {
+#ifdef AVX512
+    // Quarters of 128 bits are interleaved by themselves, so they are put in their places before.
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m512i x = _mm512_permutexvar_epi64(order, (__m512i)a), y = _mm512_permutexvar_epi64(order, (__m512i)b);
+    low = (bf16x32)_mm512_unpacklo_epi16(x, y);
+    high = (bf16x32)_mm512_unpackhi_epi16(x, y);
+#else
+    for (int i = 0; i < LANES; ++i) {
+        low[2 * i] = a[i];
+        low[2 * i + 1] = b[i];
+        high[2 * i] = a[i + LANES];
+        high[2 * i + 1] = b[i + LANES];
+    }
 #endif
 }
