@@ -9,6 +9,7 @@ The functions run on torch's own OpenMP threads, as many as `torch.get_num_threa
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import re
 import shlex
@@ -36,6 +37,10 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping
 TYPES = {"int": ctypes.c_int, "int64_t": ctypes.c_int64, "float": ctypes.c_float, "double": ctypes.c_double}
 SECONDS = 300
 """Before a compiler is given up."""
+
+LARGE = 4 << 20
+"""Bytes from which on large pages are asked for."""
+MADVISE = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """How the C++ side spells the dtypes that its functions are templates over."""
@@ -76,6 +81,17 @@ def passed(argument: Argument) -> int | float | None:
     if isinstance(argument, Tensor):
         return argument.data_ptr()
     return CODES[argument] if isinstance(argument, torch.dtype) else argument
+
+
+def in_large_pages(y: Tensor) -> Tensor:
+    """The tensor, not yet written, for the system to keep in large pages where it is large.
+
+    Memory above 32 MiB is fetched anew by every call, and a fault for each 4 KiB of it took as long as filling it.
+    """
+    if y.nbytes >= LARGE and MADVISE is not None:
+        start = -(-y.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        MADVISE(ctypes.c_void_p(start), ctypes.c_size_t(y.data_ptr() + y.nbytes - start), mmap.MADV_HUGEPAGE)
+    return y
 
 
 def loaded(binary: Path, source: Path) -> dict[str, Callable[..., None]]:

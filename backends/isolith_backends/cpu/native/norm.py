@@ -5,7 +5,7 @@ from torch import Tensor
 
 from isolith import Requires, implements, ops
 from isolith.dtypes import DEVICE_FLOAT
-from isolith_backends.cpu.native.library import Library
+from isolith_backends.cpu.native.library import Library, in_large_pages
 
 library = Library("norm")
 
@@ -17,7 +17,7 @@ library = Library("norm")
 )
 def rms_norm_native(x: Tensor, weight: Tensor, eps: float = 1e-6, round_before_weight: bool = False) -> Tensor:
     x, weight, dim = x.contiguous(), weight.contiguous(), x.shape[-1]
-    y = torch.empty_like(x)
+    y = in_large_pages(torch.empty_like(x))
     library.call(
         "rms_norm", x, x.dtype, weight, weight.dtype, y, x.numel() // max(dim, 1), dim, eps, round_before_weight
     )
@@ -31,6 +31,6 @@ def rms_norm_native(x: Tensor, weight: Tensor, eps: float = 1e-6, round_before_w
 )
 def head_rms_norm_native(x: Tensor, eps: float = 1e-6) -> Tensor:
     x, dim = x.contiguous(), x.shape[-1]
-    y = torch.empty_like(x)
+    y = in_large_pages(torch.empty_like(x))
     library.call("rms_norm", x, x.dtype, None, x.dtype, y, x.numel() // max(dim, 1), dim, eps, False)
     return y

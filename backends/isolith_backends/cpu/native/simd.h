@@ -346,3 +346,33 @@ INLINE void interleave(bf16x32 a, bf16x32 b, bf16x32& low, bf16x32& high) {
     }
 #endif
 }
+
+// ---- lanes among themselves ------------------------------------------------------------------------------------------------
+
+// Lanes whose numbers differ by DISTANCE, a power of two below 16, in their bits change places.
+template <int DISTANCE>
+INLINE f32 exchanged(f32 x) {
+#ifdef AVX512
+    if constexpr (DISTANCE == 1) return (f32)_mm512_permute_ps((__m512)x, 0xB1);
+    if constexpr (DISTANCE == 2) return (f32)_mm512_permute_ps((__m512)x, 0x4E);
+    if constexpr (DISTANCE == 4) return (f32)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0xB1);
+    return (f32)_mm512_shuffle_f32x4((__m512)x, (__m512)x, 0x4E);
+#else
+    f32 y;
+    for (int i = 0; i < LANES; ++i) y[i] = x[i ^ DISTANCE];
+    return y;
+#endif
+}
+
+// log(1 + x) for x in 0 .. 1, to about one unit in the last place.
+INLINE f32 log_one_plus(f32 x) {
+    const f32 s = x / (x + 2.0f), q = s * s;  // twice the area tangent of s, as a series
+    f32 p = all(1.0f / 15.0f);
+    p = fma(p, q, all(1.0f / 13.0f));
+    p = fma(p, q, all(1.0f / 11.0f));
+    p = fma(p, q, all(1.0f / 9.0f));
+    p = fma(p, q, all(1.0f / 7.0f));
+    p = fma(p, q, all(1.0f / 5.0f));
+    p = fma(p, q, all(1.0f / 3.0f));
+    return 2.0f * fma(p * q, s, s);
+}
