@@ -61,9 +61,9 @@ def cell(registry: Registry, backend: Backend, operator: AnyOperator, found: Pro
     """What a backend offers for an operator, and how that was shown to be right."""
     kernels = [kernel.full_name for kernel in registry.kernels(backend, operator.name)]
     verdicts = found.get((backend.name, operator.name), {})
-    shown = proof(verdicts)
     if not kernels:
-        return f"{'composition' if operator.composed_of else 'reference'}, {shown}"
+        return f"{'composition' if operator.composed_of else 'reference'}, {proof(verdicts)}"
+    shown = proof({name: counted for name, counted in verdicts.items() if name in kernels})
     number = "kernel" if len(kernels) == 1 else f"{len(kernels)} kernels"
     without = [name for name in kernels if not any(counted["PASS"] for counted in verdicts.get(name, {}).values())]
     rest = f"; {len(without)} declared" if 0 < len(without) < len(kernels) else ""
