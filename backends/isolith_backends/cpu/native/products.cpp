@@ -5,8 +5,9 @@ namespace {
 
 constexpr int64_t ROWS = 16;          // weights of an item of work
 constexpr int64_t FEW = 4;            // rows up to which weights are decoded in registers
-constexpr int64_t MOST_INPUTS = 32768;
-constexpr int64_t MOST_GROUPS = 1024;
+constexpr int64_t MOST_GROUPS = 1024; // of a weight's scales
+constexpr int64_t MOST_AT_ONCE = 252; // rows that meet the same weights; a multiple of 6 and of 3
+constexpr int64_t CHUNK = 512;        // inputs of sixteen weights and six rows that a first-level cache holds
 constexpr float SAFE = 1.2089258e24f;  // 2^80: scales between its inverse and it leave bfloat16 its range
 
 struct Call {
@@ -49,8 +50,7 @@ void few_rows(const Call& call, int64_t expert, int64_t first, int64_t count, in
             with_size<N>(count - n, [&](auto width) {
                 if (call.scale_kind) scales_of(call, expert, first + n, width(), scales);
                 const Scales of_weights{call.scale_kind ? scales : nullptr, groups, call.block_k};
-                const Scales of_rows{call.of_rows.values ? call.of_rows.values + row * call.of_rows.stride : nullptr,
-                                     call.of_rows.stride, call.of_rows.group};
+                const Scales of_rows = call.of_rows.from(row);
                 const uint8_t* weights = call.weights + (expert * call.outputs + first + n) * row_bytes;
 #ifdef TURNED
                 if constexpr (KIND == E4M3 || KIND == E2M1)
@@ -64,45 +64,74 @@ void few_rows(const Call& call, int64_t expert, int64_t first, int64_t count, in
     });
 }
 
-template <bool GROUPED, int M>
+// Scaled in groups: three rows by four weights at a time.
 void tiles(const Call& call, const bf16* weights, const Scales& of_weights, int64_t group, int64_t count, int64_t row,
            int64_t rows, float* out) {
-    for (int64_t m = 0; m < rows; m += M)
-        with_size<M>(rows - m, [&](auto height) {
-            const Scales of_rows{call.of_rows.values ? call.of_rows.values + (row + m) * call.of_rows.stride : nullptr,
-                                 call.of_rows.stride, call.of_rows.group};
+    for (int64_t m = 0; m < rows; m += 3)
+        with_size<3>(rows - m, [&](auto height) {
+            const Scales of_rows = call.of_rows.from(row + m);
             for (int64_t n = 0; n < count; n += 4)
                 with_size<4>(count - n, [&](auto width) {
-                    const Scales part{of_weights.values ? of_weights.values + n * of_weights.stride : nullptr,
-                                      of_weights.stride, of_weights.group};
-                    tile<GROUPED, width(), height()>(weights + n * call.inputs, call.x + (row + m) * call.inputs,
-                                                     call.inputs, group, part, of_rows, out + m * ROWS + n, ROWS);
+                    tile_of_groups<width(), height()>(weights + n * call.inputs, call.x + (row + m) * call.inputs,
+                                                      call.inputs, group, of_weights.from(n), of_rows,
+                                                      out + m * ROWS + n, ROWS);
                 });
         });
 }
 
+// Not scaled, or by one scale a row: six rows by four weights at a time, in chunks of inputs that stay in cache.
+void chunks(const Call& call, const bf16* weights, const Scales& of_weights, int64_t count, int64_t row, int64_t rows,
+            f32* sums, float* out) {
+    for (int64_t first = 0; first < call.inputs; first += CHUNK) {
+        const int64_t last = std::min(first + CHUNK, call.inputs);
+        for (int64_t m = 0; m < rows; m += 6)
+            with_size<6>(rows - m, [&](auto height) {
+                for (int64_t n = 0; n < count; n += 4)
+                    with_size<4>(count - n, [&](auto width) {
+                        tile_part<width(), height()>(weights + n * call.inputs, call.x + (row + m) * call.inputs,
+                                                     call.inputs, first, last, sums + m * ROWS + n, ROWS);
+                    });
+            });
+    }
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t n = 0; n < count; ++n) {
+            float total = sum(load((const float*)(sums + m * ROWS + n)));
+            if (of_weights.values) total *= of_weights.at(n, 0);
+            if (call.of_rows.values) total *= call.of_rows.at(row + m, 0);
+            out[m * ROWS + n] = total;
+        }
+}
+
+// A thread's memory: decoded weights, their scales, and sums.
+struct Room {
+    bf16* decoded;
+    float* scales;
+    f32* sums;
+};
+
 template <int KIND>
-void many_rows(const Call& call, int64_t expert, int64_t first, int64_t count, int64_t row, int64_t rows, bf16* room,
-               float* scales, float* out) {
+void many_rows(const Call& call, int64_t expert, int64_t first, int64_t count, int64_t row, int64_t rows,
+               const Room& room, float* out) {
     const int64_t row_bytes = bytes_of(KIND, call.inputs), groups = (call.inputs + call.block_k - 1) / call.block_k;
     const uint8_t* weights = call.weights + (expert * call.outputs + first) * row_bytes;
     const bf16* decoded = (const bf16*)weights;
     bool folded = false;
     if (KIND != BF16) {
-        folded = call.scale_kind && scales_of(call, expert, first, count, scales);
+        folded = call.scale_kind && scales_of(call, expert, first, count, room.scales);
         for (int64_t n = 0; n < count; ++n) {
-            decode_row<KIND>(weights + n * row_bytes, call.inputs, room + n * call.inputs);
-            if (folded) fold(room + n * call.inputs, call.inputs, scales + n * groups, call.block_k);
+            const float* scales = folded ? room.scales + n * groups : nullptr;
+            decode_row<KIND>(weights + n * row_bytes, call.inputs, room.decoded + n * call.inputs, scales, call.block_k);
         }
-        decoded = room;
+        decoded = room.decoded;
     }
-    const Scales of_weights{call.scale_kind && !folded ? scales : nullptr, groups, call.block_k};
-    if (!of_weights.values && !call.of_rows.values)
-        return tiles<false, 6>(call, decoded, of_weights, call.inputs, count, row, rows, out);
+    const Scales of_weights{call.scale_kind && !folded ? room.scales : nullptr, groups, call.block_k};
     int64_t group = call.inputs;
     if (of_weights.values) group = std::min(group, of_weights.group);
     if (call.of_rows.values) group = std::min(group, call.of_rows.group);
-    tiles<true, 3>(call, decoded, of_weights, group, count, row, rows, out);
+    if (group == call.inputs)
+        chunks(call, decoded, of_weights, count, row, rows, room.sums, out);
+    else
+        tiles(call, decoded, of_weights, group, count, row, rows, out);
 }
 
 // Turns the rows of experts that have few; whether the weights' codes are decoded so.
@@ -132,26 +161,24 @@ void write(const Call& call, const float* out, int64_t first, int64_t count, int
             ((T*)call.out)[(row + m) * call.outputs + first + n] = from_float<T>(out[m * ROWS + n]);
 }
 
-// Weights first .. first+count-1 of an expert with its rows, at most MOST_AT_ONCE of them at a time.
-constexpr int64_t MOST_AT_ONCE = 252;  // a multiple of 6 and of 3
-
+// Weights from `first` on of an expert, as many as an item has, with some of its rows.
 template <int KIND>
-void item(const Call& call, int64_t expert, int64_t first, int64_t row, int64_t rows, bool few, bf16* room,
-          float* scales) {
+void item(const Call& call, int64_t expert, int64_t first, int64_t row, int64_t rows, bool few,
+          const Room& room) {
     const int64_t count = std::min(ROWS, call.outputs - first);
     float out[MOST_AT_ONCE * ROWS];
     if (few)
         few_rows<KIND>(call, expert, first, count, row, rows, out);
     else
-        many_rows<KIND>(call, expert, first, count, row, rows, room, scales, out);
+        many_rows<KIND>(call, expert, first, count, row, rows, room, out);
     with_type(call.type, [&](auto zero) { write<decltype(zero)>(call, out, first, count, row, rows); });
 }
 
 }  // namespace
 
 // out [rows, outputs] of x [rows, inputs] in bfloat16; expert e has rows begins[e] .. ends[e]-1 and the weights
-// [outputs, inputs] behind those of expert e-1. `turned` is null or has room for x. `room` has, for each thread, inputs * 16 bfloat16 and then as many floats
-// of scales as 16 weights have.
+// [outputs, inputs] behind those of expert e-1. `turned` is null or has room for x. `room` has, for each thread, 252 * 16 vectors of sums,
+// then inputs * 16 bfloat16, then as many floats of scales as 16 weights have.
 EXPORT void grouped_product(int threads, const void* x, void* turned, const float* x_scale, int64_t x_groups, int64_t x_group,
                             const void* weights, int64_t kind, const void* scales, int64_t scale_kind, int64_t block_n,
                             int64_t block_k, const int64_t* begins, const int64_t* ends, int64_t experts, int64_t outputs, int64_t inputs,
@@ -162,19 +189,19 @@ EXPORT void grouped_product(int threads, const void* x, void* turned, const floa
     const int64_t blocks = (outputs + ROWS - 1) / ROWS;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        char* own = (char*)room + omp_get_thread_num() * room_bytes;
-        bf16* decoded = (bf16*)own;
-        float* of_weights = (float*)(own + 2 * ROWS * inputs);
+        char* memory = (char*)room + omp_get_thread_num() * room_bytes;
+        char* behind = memory + int64_t(sizeof(f32)) * MOST_AT_ONCE * ROWS;
+        const Room own{(bf16*)behind, (float*)(behind + 2 * ROWS * inputs), (f32*)memory};
 #pragma omp for schedule(dynamic, 2)
         for (int64_t work = 0; work < experts * blocks; ++work) {
             const int64_t expert = work / blocks, first = work % blocks * ROWS;
             const bool few = ends[expert] - begins[expert] <= FEW;
             for (int64_t row = begins[expert]; row < ends[expert]; row += MOST_AT_ONCE) {
                 const int64_t rows = std::min(MOST_AT_ONCE, ends[expert] - row);
-                if (kind == BF16) item<BF16>(call, expert, first, row, rows, few, decoded, of_weights);
-                if (kind == E4M3) item<E4M3>(call, expert, first, row, rows, few, decoded, of_weights);
-                if (kind == E2M1) item<E2M1>(call, expert, first, row, rows, few, decoded, of_weights);
-                if (kind == INT8) item<INT8>(call, expert, first, row, rows, few, decoded, of_weights);
+                if (kind == BF16) item<BF16>(call, expert, first, row, rows, few, own);
+                if (kind == E4M3) item<E4M3>(call, expert, first, row, rows, few, own);
+                if (kind == E2M1) item<E2M1>(call, expert, first, row, rows, few, own);
+                if (kind == INT8) item<INT8>(call, expert, first, row, rows, few, own);
             }
         }
     }
@@ -195,8 +222,9 @@ EXPORT void widen_codes(int threads, const void* codes, int64_t kind, const void
         for (int64_t row = begin; row < end; ++row) {
             bf16* to = (bf16*)values + row * inputs;
             const uint8_t* from = (const uint8_t*)codes + row * inputs;
-            kind == E4M3 ? decode_row<E4M3>(from, inputs, to) : decode_row<INT8>(from, inputs, to);
-            if (safe) fold(to, inputs, scales + row * groups, group);
+            const float* factors = safe ? scales + row * groups : nullptr;
+            kind == E4M3 ? decode_row<E4M3>(from, inputs, to, factors, group)
+                         : decode_row<INT8>(from, inputs, to, factors, group);
         }
     });
 }

@@ -82,6 +82,7 @@ struct Scales {
     const float* values;
     int64_t stride, group;
     INLINE float at(int64_t row, int64_t k) const { return values[row * stride + k / group]; }
+    INLINE Scales from(int64_t row) const { return {values ? values + row * stride : nullptr, stride, group}; }
 };
 
 // ---- few rows: weights go by once, decoded in registers ----------------------------------------------------------------------
@@ -228,23 +229,70 @@ INLINE void stream_turned(const uint8_t* weights, int64_t row_bytes, const bf16*
 
 // ---- many rows: weights are decoded to bfloat16 once, then multiplied in tiles --------------------------------------------------
 
+// Multiplies bfloat16 by a power of two; exact where no exponent leaves its range. Zeros and NaNs stay.
+INLINE bf16x32 times_power(bf16x32 values, float power) {
+#ifdef AVX512
+    const __m512i bits = (__m512i)values, field = _mm512_and_si512(bits, _mm512_set1_epi16(0x7f80));
+    const int shift = (int(bits_as<uint32_t>(power) >> 23) - 127) * 128;
+    const __mmask32 normal = _mm512_test_epi16_mask(field, field) & _mm512_cmplt_epi16_mask(field, _mm512_set1_epi16(0x7f80));
+    return (bf16x32)_mm512_mask_add_epi16(bits, normal, bits, _mm512_set1_epi16(int16_t(shift)));
+#else
+    bf16 room[STEP];
+    std::memcpy(room, &values, sizeof room);
+    for (int i = 0; i < STEP; ++i) room[i] = from_float<bf16>(to_float(room[i]) * power);
+    return load_pairs(room);
+#endif
+}
+
+// A row of weights in bfloat16; times its scales, powers of two, one a group of inputs, where they are given.
 template <int KIND>
-void decode_row(const uint8_t* row, int64_t inputs, bf16* to) {
-    for (int64_t k = 0; k < inputs; k += STEP) {
-        const bf16x32 values = weights_at<KIND>(row, k);
+void decode_row(const uint8_t* row, int64_t inputs, bf16* to, const float* scales, int64_t group) {
+    int64_t k = 0;
+    const auto put = [&](bf16x32 values) {
+        if (scales) values = times_power(values, scales[k / group]);
         std::memcpy(to + k, &values, sizeof values);
+        k += STEP;
+    };
+#ifdef TURNED
+    if constexpr (KIND == E4M3)
+        while (k + 2 * STEP <= inputs) {  // eights of both vectors, put back in turn
+            bf16x32 halves[2];
+            decode_block<E4M3>(row + k, halves);
+            const __m512i low = (__m512i)halves[0], high = (__m512i)halves[1];
+            put((bf16x32)_mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high));
+            put((bf16x32)_mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high));
+        }
+#endif
+    while (k < inputs) put(weights_at<KIND>(row, k));
+}
+
+// sums[m * sum_row + n] += the products of N weights and M rows over inputs first .. last-1, or = where first is 0.
+template <int N, int M>
+INLINE void tile_part(const bf16* weights, const bf16* x, int64_t inputs, int64_t first, int64_t last, f32* sums,
+                      int64_t sum_row) {
+    f32 part[N][M] = {};
+    if (first)
+        for (int n = 0; n < N; ++n)
+            for (int m = 0; m < M; ++m) part[n][m] = load((const float*)(sums + m * sum_row + n));
+    for (int64_t k = first; k < last; k += STEP) {
+        bf16x32 row[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) row[m] = load_pairs(x + m * inputs + k);
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+            const bf16x32 weight = load_pairs(weights + n * inputs + k);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) part[n][m] = dot(part[n][m], weight, row[m]);
+        }
     }
+    for (int n = 0; n < N; ++n)
+        for (int m = 0; m < M; ++m) store((float*)(sums + m * sum_row + n), part[n][m]);
 }
 
-// Multiplies a row of bfloat16 by powers of two in place; exact where no exponent leaves its range.
-INLINE void fold(bf16* row, int64_t inputs, const float* scales, int64_t group) {
-    for (int64_t k = 0; k < inputs; k += LANES) store(row + k, load(row + k) * scales[k / group]);
-}
-
-// out[m * out_row + n] of N decoded weights and M rows, scaled in groups that both share, or not at all.
-template <bool GROUPED, int N, int M>
-INLINE void tile(const bf16* weights, const bf16* x, int64_t inputs, int64_t group, const Scales& of_weights,
-                 const Scales& of_rows, float* out, int64_t out_row) {
+// out[m * out_row + n] of N decoded weights and M rows, scaled in groups that both share.
+template <int N, int M>
+INLINE void tile_of_groups(const bf16* weights, const bf16* x, int64_t inputs, int64_t group, const Scales& of_weights,
+                           const Scales& of_rows, float* out, int64_t out_row) {
     f32 total[N][M] = {};
     for (int64_t first = 0; first < inputs; first += group) {
         f32 part[N][M] = {};
@@ -261,10 +309,6 @@ INLINE void tile(const bf16* weights, const bf16* x, int64_t inputs, int64_t gro
         }
         for (int n = 0; n < N; ++n)
             for (int m = 0; m < M; ++m) {
-                if (!GROUPED) {
-                    total[n][m] = part[n][m];
-                    continue;
-                }
                 float factor = of_weights.values ? of_weights.at(n, first) : 1.0f;
                 if (of_rows.values) factor *= of_rows.at(m, first);
                 total[n][m] = fma(part[n][m], all(factor), total[n][m]);

@@ -17,7 +17,8 @@ library = Library("products")
 E8M0 = torch.float8_e8m0fnu
 KINDS = {torch.bfloat16: 0, torch.float8_e4m3fn: 1, torch.uint8: 2, torch.int8: 3}
 SCALES = {None: 0, E8M0: 1, torch.float32: 2}
-STEP, ROWS, MOST_INPUTS, MOST_GROUPS = 32, 16, 32768, 1024  # as in products.cpp
+STEP, ROWS, MOST_AT_ONCE, MOST_GROUPS = 32, 16, 252, 1024  # as in products.cpp
+MOST_INPUTS = 32768
 MANY = 16
 """Rows of bfloat16 from which on oneDNN, which packs the weights, is faster."""
 
@@ -96,7 +97,7 @@ def product(
     experts, outputs, inputs = weight.shape[0], weight.shape[1], inner_of(weight)
     block_n, block_k = (1, inputs) if scale is None else blocks_of(weight, *blocks)
     threads = torch.get_num_threads()
-    each = 2 * ROWS * inputs + 4 * ROWS * -(-inputs // block_k)
+    each = 64 * MOST_AT_ONCE * ROWS + 2 * ROWS * inputs + 4 * ROWS * -(-inputs // block_k)
     room = torch.empty(threads, -(-each // 64) * 64, dtype=torch.uint8)
     groups = 1 if rows.scales is None else rows.scales.shape[1]
     scale = None if scale is None else scale.contiguous()

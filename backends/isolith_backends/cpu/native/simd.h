@@ -238,11 +238,18 @@ INLINE f32 floating(i32 x) {
 
 // Sums and maxima over the lanes: halves on halves, the same order on every machine.
 INLINE float sum(f32 x) {
+#ifdef AVX512
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
     float room[LANES];
     store(room, x);
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; ++i) room[i] += room[i + half];
     return room[0];
+#endif
 }
 INLINE float largest(f32 x) {  // NaN where a lane is NaN
     float room[LANES];
